@@ -1,0 +1,34 @@
+"Everything about the package is in settings.ini, where nbdev reads it too."
+import shlex
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+settings = ConfigParser(delimiters=["="])
+settings.read(here / "settings.ini", encoding="utf-8")
+get = settings["DEFAULT"].get
+lib_name, python = get("lib_name"), get("min_python")
+
+setup(
+    name=lib_name,
+    version=get("version"),
+    description=get("description"),
+    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author=get("author"),
+    author_email=get("author_email"),
+    url=get("git_url"),
+    keywords=get("keywords").split(),
+    license="MIT",
+    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",
+                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    packages=find_packages(include=[lib_name, f"{lib_name}.*"]),
+    package_data={lib_name: ["assets/*"]},
+    python_requires=f">={python}",
+    install_requires=shlex.split(get("requirements")),
+    extras_require={"dev": shlex.split(get("dev_requirements"))},
+    entry_points={"console_scripts": shlex.split(get("console_scripts")), "nbdev": [f"{lib_name}={lib_name}._modidx:d"]},
+    zip_safe=False,
+)

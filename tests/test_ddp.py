@@ -1,0 +1,60 @@
+"Two ranks under torchrun: equal gradients, the last step saved, every rank exits."
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+import pytest
+import torch
+from toy_training import gradients, make_batch, make_config, make_modules, plain_loss_fn
+
+from dreamer4_nb.core import load_checkpoint
+from dreamer4_nb.training import fit
+
+TOY = Path(__file__).parent / "toy_training.py"
+LIMIT = 180  # seconds, on a busy machine
+
+
+def torchrun(run_dir, *options):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOY), str(run_dir), *options]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)}
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+
+
+def finish(process):
+    "Output of a process that must end by itself within the limit."
+    try:
+        return process.communicate(timeout=LIMIT)[0]
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail(f"the ranks did not exit within {LIMIT} s")
+
+
+@pytest.mark.parametrize("normalise", [0, 1])
+def test_gradients_equal_those_of_one_process_with_the_double_batch(tmp_path, normalise):
+    steps = 1 if normalise == 0 else 12
+    process = torchrun(tmp_path, "--steps", str(steps), "--normalise", str(normalise))
+    output = finish(process)
+    assert process.returncode == 0, output
+    alone = make_modules()
+    double = lambda i: torch.cat([make_batch(2 * i), make_batch(2 * i + 1)])
+    fit("alone", alone, plain_loss_fn, double, make_config(steps=steps, normalise=bool(normalise)), tmp_path, progress=False)
+    ranks = [load_checkpoint(tmp_path / f"gradients{rank}.safetensors")[0] for rank in range(2)]
+    for key, wanted in gradients(alone).items():
+        torch.testing.assert_close(ranks[0][key], ranks[1][key], rtol=0, atol=0)
+        torch.testing.assert_close(ranks[0][key], wanted, rtol=1e-5, atol=1e-6)
+    state, saved = load_checkpoint(tmp_path / "toy.train.safetensors")
+    assert saved["step"] == steps
+    for key, value in load_checkpoint(tmp_path / "toy.safetensors")[0].items():
+        torch.testing.assert_close(value, load_checkpoint(tmp_path / "alone.safetensors")[0][key], rtol=1e-4, atol=1e-5)
+    assert (tmp_path / "second.safetensors").exists()
+
+
+def test_interrupted_ranks_save_the_same_step_and_exit(tmp_path):
+    process = torchrun(tmp_path, "--steps", "1000000")
+    deadline = time.time() + LIMIT
+    while not (tmp_path / "toy.train.safetensors").exists() and time.time() < deadline and process.poll() is None:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    output = finish(process)
+    assert process.returncode != 0
+    assert "stopped at step" in output and "run the same command again" in output, output
+    assert load_checkpoint(tmp_path / "toy.train.safetensors")[1]["step"] < 1000000
