@@ -146,6 +146,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _remove(path)
         os.replace(part, path)
         _sync(path.parent)
+    except FileNotFoundError:  # something that was to be read
+        raise
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}; what was there before is untouched. "
                         "Free some space or choose another folder, then run the same command again") from error

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from absl import logging
 
 import dreamer4_nb
 from .core import UserError, atomic_path
@@ -31,7 +32,7 @@ def setup_gl() -> str:
         importlib.import_module("triton")       # loaded after Mesa it binds to Mesa's LLVM and crashes
     return os.environ.get("MUJOCO_GL", "glfw")
 
-setup_gl()
+_GL = setup_gl()
 
 # %% ../nbs/05_envs.ipynb #cell-6
 import mujoco
@@ -121,8 +122,12 @@ def task_info(task: str) -> TaskInfo:
 @functools.cache
 def _compiled(task: str) -> control.Environment:
     "The task as dm_control makes it. Compiling takes 50 ms and 12 MB, nearly all of it textures, so it is done once per process."
-    info = task_info(task)
-    return suite.load(info.domain, info.task, task_kwargs={"random": 0})
+    info, verbosity = task_info(task), logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)            # one model uses a deprecated attribute
+    try:
+        return suite.load(info.domain, info.task, task_kwargs={"random": 0})
+    finally:
+        logging.set_verbosity(verbosity)
 
 def _load(task: str, seed: int, share: bool = True) -> control.Environment:
     "A new dm_control environment without a time limit; with `share`, its model is everybody's and must not be changed."
@@ -142,7 +147,7 @@ def _renderer(task: str, image: int) -> mujoco.Renderer:
     try:
         renderer = mujoco.Renderer(model, image, image)
     except Exception as error:      # each backend fails in its own way
-        raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={os.environ.get('MUJOCO_GL')}: {error}); "
+        raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={_GL}: {error}); "
                         "type: sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     atexit.register(renderer.close)
@@ -176,7 +181,7 @@ class Env:
         self.limit = time_limit_decisions or 1000 // self.repeat
         self.env = _load(task, seed, share=self.info.target is None)
         self.model, self.data = self.env.physics.model.ptr, self.env.physics.data.ptr
-        self.over = True
+        self.decisions, self.over = None, True          # not begun
 
     def reset(self, seed: int | None = None) -> np.ndarray | None:
         "Begin an episode (from `seed`, or going on with the random numbers of the last) and return its first frame (h, w, 3) uint8."
@@ -275,7 +280,7 @@ def _serve() -> None:
     envs = []
     def make(task, seeds, *options): envs[:] = [make_env(task, seed, *options) for seed in seeds]
     def reset(seeds): return np.stack([env.reset(seed) for env, seed in zip(envs, seeds)])
-    def step(actions): return [(env.render(), 0.0, 1.0, True) if env.over else env.step(a) for env, a in zip(envs, actions)]
+    def step(actions): return [(env.render(), 0.0, 1.0, True) if env.over and env.decisions else env.step(a) for env, a in zip(envs, actions)]
     def state(): return np.stack([env.state() for env in envs])
     commands = dict(make=make, reset=reset, step=step, state=state, draw=_draw)
     while True:
@@ -336,10 +341,9 @@ def _ask(workers: list[_Worker], name: str, arguments: list[tuple]) -> list:
             except (UserError, RuntimeError) as error:
                 problem = problem or error
     except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        codes = [worker.process.poll() for worker in workers]
         for worker in workers:
             worker.stop()
-        raise UserError(f"an environment process ended (exit codes {codes}); is there enough memory? use fewer workers") from None
+        raise UserError("an environment process ended, perhaps because memory ran out; use fewer environments or workers") from None
     except BaseException:           # Ctrl-C between question and answer: these processes cannot be trusted any more
         for worker in workers:
             worker.stop()
@@ -479,7 +483,7 @@ class Planner:
         kept = np.take_along_axis(scores, best, 1)
         weights = np.exp((kept - kept.max(1, keepdims=True)) / self.temperature)
         weights /= weights.sum(1, keepdims=True)
-        return np.einsum("nc,ncka->nka", weights, np.take_along_axis(tried, best[:, :, None, None], 1))
+        return np.einsum("nc,ncka->nka", weights, np.take_along_axis(tried, best[:, :, None, None], 1)).clip(-1, 1)
 
     def plan(self, states: np.ndarray, rows: np.ndarray | None = None) -> np.ndarray:
         """The intended actions (n, A) in states (n, S) of the next decision of `n` running episodes.
@@ -509,11 +513,11 @@ class Planner:
             plans[busy] = self.improve(states[busy], plans[busy])
         return plans[:, 0]
 
-# %% ../nbs/05_envs.ipynb #cell-79
+# %% ../nbs/05_envs.ipynb #cell-83
 QUALITIES = {"expert": (0.0, 0.2), "medium": (0.4, 0.6), "poor": (0.9, 1.2), "random": (0.0,)}
 MIXTURE = {"expert": 0.39, "medium": 0.36, "poor": 0.13, "random": 0.12}
 
-# %% ../nbs/05_envs.ipynb #cell-80
+# %% ../nbs/05_envs.ipynb #cell-84
 def collect_episodes(task: str, episodes: int, decisions: int, seed: int, quality: str = "mixed", planner: Planner | None = None,
                      hold: int = 25, shortest: int = 47) -> list[dict]:
     """Episodes of the real environment, demonstrated by the planner with noise on its actions.
@@ -560,7 +564,7 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
     names = "states", "actions", "intended", "rewards"
     return [dict(zip(names, (np.array(column, np.float32) for column in zip(*row))), quality=str(q)) for row, q in zip(rows, qualities)]
 
-# %% ../nbs/05_envs.ipynb #cell-86
+# %% ../nbs/05_envs.ipynb #cell-90
 def save_demonstrations(path, task: str, episodes: list[dict], seed: int = 0, image: int = 64) -> None:
     "Write what `collect_episodes` gave as one compressed file of states and actions; pixels are rendered from it on first use."
     joined = {name: np.concatenate([episode[name] for episode in episodes]) for name in ("states", "actions", "intended", "rewards")}

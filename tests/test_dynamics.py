@@ -56,7 +56,6 @@ def test_nothing_sees_the_agent_and_the_agent_sees_everything():
     assert h.shape == (B, T, 2, 32)
     assert gradient(x_hat, inputs["agent"]).abs().max() == 0
     for name in ("z", "actions", "agent"):
-        assert gradient(h, inputs[name]).abs().amin(dim=tuple(range(1, inputs[name].dim()))).min() >= 0
         assert gradient(h[:, -1], inputs[name]).abs().max() > 1e-6, name
 
 

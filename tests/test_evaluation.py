@@ -1,0 +1,178 @@
+"Statistics, records, the closed loop and the report: what each must get right, with values worked out by other means."
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+import dreamer4_nb.evaluation as evaluation
+from dreamer4_nb.core import UserError
+from dreamer4_nb.evaluation import (Records, bootstrap, closed_loop_rows, closed_loop_table, compare, evaluate_policy, interval, report,
+                                    runs_interval, text_table)
+
+
+def records(name, hits, seeds=None):
+    "Records of episodes of four decisions that get a reward at the last one or never."
+    rewards = np.zeros((len(hits), 4))
+    rewards[:, -1] = hits
+    return Records.of_rewards(name, "ball_in_cup-catch", range(len(hits)) if seeds is None else seeds, rewards)
+
+
+def test_any_held_first():
+    rewards = np.zeros((4, 8))
+    rewards[1, 2] = 1          # once, then lost
+    rewards[2, 5:] = 2         # from decision 5 to the end
+    rewards[3, 7] = 1          # only at the very end: the last quarter is two decisions
+    r = Records.of_rewards("p", "t", range(4), rewards)
+    assert r.any.tolist() == [False, True, True, True]
+    assert r.held.tolist() == [False, False, True, False]
+    assert r.first.tolist() == [-1, 2, 5, 7]
+    assert r.returns.tolist() == [0, 1, 6, 1]
+
+
+@pytest.mark.parametrize("k, n", [(0, 10), (5, 10), (10, 10), (46, 500), (230, 500)])
+def test_wilson_is_the_root_of_its_quadratic(k, n):
+    z, p = stats.norm.ppf(0.975), k / n
+    roots = np.roots([1 + z * z / n, -(2 * p + z * z / n), p * p])   # (p_hat - p)^2 = z^2 p (1 - p) / n
+    assert interval([True] * k + [False] * (n - k)) == pytest.approx(sorted(roots.real), abs=1e-9)
+
+
+def test_wilson_known_values():
+    assert interval([True] * 5 + [False] * 5) == pytest.approx((0.2366, 0.7634), abs=1e-4)
+    low, high = interval([False] * 20)
+    assert low == 0 and 0.1 < high < 0.2
+
+
+def test_sign_test_is_exact():
+    for wins, losses, ties in [(0, 0, 5), (1, 0, 3), (5, 0, 0), (8, 2, 10), (30, 22, 48), (12, 12, 0)]:
+        a = records("a", [1] * wins + [0] * losses + [1] * ties)
+        b = records("b", [0] * wins + [1] * losses + [1] * ties)
+        n, k = wins + losses, min(wins, losses)
+        by_hand = min(1.0, 2 * sum(math.comb(n, i) for i in range(k + 1)) / 2 ** n)
+        found = compare(a, b)
+        assert (found["wins"], found["losses"], found["ties"]) == (wins, losses, ties)
+        assert found["p"] == pytest.approx(by_hand, rel=1e-9)
+        assert compare(b, a)["p"] == pytest.approx(found["p"])
+        assert compare(b, a)["difference"] == -found["difference"]
+
+
+def test_pairs_are_by_seed_not_by_row():
+    a = records("a", [1, 0, 1, 0], seeds=[0, 1, 2, 3])
+    b = records("b", [0, 1, 0, 1], seeds=[3, 2, 1, 0])    # the same outcomes, in another order
+    assert compare(a, b)["ties"] == 4
+    with pytest.raises(UserError, match="same task, length and seeds"):
+        compare(a, records("c", [1, 0, 1, 0], seeds=[4, 5, 6, 7]))
+    with pytest.raises(UserError, match="unknown measure"):
+        compare(a, a, "score")
+
+
+def test_paired_interval_is_narrower_than_an_unpaired_one():
+    rng = np.random.default_rng(0)
+    hard = rng.random(200)
+    a, b = records("a", hard < 0.6), records("b", hard < 0.5)
+    low, high = compare(a, b)["interval"]
+    unpaired = 1.96 * math.sqrt(0.6 * 0.4 / 200 + 0.5 * 0.5 / 200)
+    assert 0 < low < a.any.mean() - b.any.mean() < high and high - low < unpaired
+
+
+def test_bootstrap_agrees_with_the_normal_interval():
+    x = np.random.default_rng(1).normal(3, 2, 400)
+    half = 1.96 * x.std() / 20
+    assert bootstrap(x) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.03)
+    assert bootstrap(x) == bootstrap(x)
+
+
+def test_runs_interval_is_the_t_interval():
+    rates = [0.36, 0.45, 0.41, 0.38]
+    expected = stats.t.interval(0.95, 3, np.mean(rates), stats.sem(rates))
+    assert runs_interval(rates) == pytest.approx(expected)
+    with pytest.raises(UserError, match="at least two"):
+        runs_interval([0.4])
+
+
+def test_records_survive_the_disk(tmp_path):
+    r = records("policy, mean", [1, 0, 1])
+    r.save(tmp_path / "r.json")
+    again = Records.load(tmp_path / "r.json")
+    assert again.summary() == r.summary() and (again.seed == r.seed).all() and (again.first == r.first).all()
+    (tmp_path / "cut.json").write_text((tmp_path / "r.json").read_text()[:-40])
+    for name in ("cut.json", "none.json"):
+        with pytest.raises(UserError, match="no whole records"):
+            Records.load(tmp_path / name)
+
+
+class Corridor:
+    "A stand-in for VectorEnv: a position in [0, 1] moved by the action; reward at the far end; each episode ends at its own time."
+    def __init__(self, task, seeds, workers, image):
+        self.seeds, self.t, self.x, self.image = np.array(seeds), 0, np.zeros(len(seeds)), image
+
+    def __enter__(self): return self
+
+    def __exit__(self, *exception): pass
+
+    def frames(self): return np.full((len(self.seeds), 4, 4, 3), self.t, np.uint8) if self.image else np.full(len(self.seeds), None)
+
+    def reset(self): return self.frames()
+
+    def states(self): return np.stack([self.x, self.seeds], 1)
+
+    def step(self, actions):
+        self.t, self.x = self.t + 1, np.clip(self.x + 0.25 * actions[:, 0], 0, 1)
+        last = self.t >= 4 + self.seeds
+        return self.frames(), (self.x == 1).astype(float), np.ones(len(self.x)), last
+
+
+@pytest.fixture
+def corridor(monkeypatch): monkeypatch.setattr(evaluation, "VectorEnv", Corridor)
+
+
+def test_nothing_counts_after_the_end(corridor):
+    r = evaluate_policy(lambda frames: np.ones((len(frames), 1)), "corridor", [0, 2], decisions=10)
+    assert r.returns.tolist() == [1, 3] and r.first.tolist() == [3, 3]
+
+
+def test_kept_frames_and_actions_line_up(corridor):
+    r = evaluate_policy(lambda frames: frames[:, 0, 0, :1] / 10, "corridor", [5, 6, 7], decisions=4, keep=2)
+    assert r.frames.shape == (2, 5, 4, 4, 3) and r.actions.shape == (2, 4, 1)
+    assert (r.frames[:, :4, 0, 0, 0] == np.round(r.actions[..., 0] * 10)).all()   # action t was chosen at frame t
+
+
+def test_what_a_policy_sees(corridor):
+    class Peeks:
+        name, sees, seen = "peeks", "states", []
+        def act(self, states): self.seen.append(states.copy()); return np.ones((len(states), 1))
+    policy = Peeks()
+    evaluate_policy(policy, "corridor", [3, 4], decisions=2)
+    assert policy.seen[1].tolist() == [[0.25, 3], [0.25, 4]]
+
+
+@pytest.mark.parametrize("bad", [np.full((2, 1), np.nan), np.ones((3, 1)), np.ones(2)])
+def test_a_broken_policy_is_named(corridor, bad):
+    with pytest.raises(UserError, match="policy .* gave actions"):
+        evaluate_policy(lambda frames: bad, "corridor", [0, 1], decisions=3)
+
+
+def test_no_episodes():
+    with pytest.raises(UserError, match="0 seeds"):
+        evaluate_policy(lambda frames: frames, "ball_in_cup-catch", [])
+    with pytest.raises(UserError, match="no episodes"):
+        interval([])
+
+
+def test_table_and_report(tmp_path):
+    a, b = records("random", [0] * 8 + [1] * 2), records("<PMPO>", [1] * 9 + [0])
+    rows = closed_loop_rows([a, b])
+    assert "p" not in rows[0] and rows[1]["against"] == "random" and rows[1]["wins"] == 8
+    assert "8 : 1" in text_table(closed_loop_table(rows))
+    with pytest.raises(UserError, match="no results"):
+        report(tmp_path)
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "tokenizer-frames.png").write_bytes(b"png")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "results.json").write_text(json.dumps({"task": "corridor", "closed_loop": rows, "phases": {"tokenizer": {"seconds": 90}},
+                                                       "captions": {"tokenizer-frames": "a caption"}}))
+    page = report(tmp_path).read_text()
+    assert "&lt;PMPO&gt;" in page and "<PMPO>" not in page
+    assert "a caption" in page and "data:image/png;base64,cG5n" in page and "1.5" in page
+    assert "http" not in page and 'src="/' not in page
