@@ -8,7 +8,7 @@ APT := apt-get install -y -qq --no-install-recommends
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl demo test export check notebooks pytest clean
+.PHONY: help setup gl demo test export readme check notebooks pytest clean
 
 help:
 	@echo "make setup | demo | test | export | clean"
@@ -33,6 +33,10 @@ gl:
 
 demo: setup
 	$(BIN)/dreamer4 demo $(ARGS)
+
+# The front page is notebook index, as it was last run.
+readme: setup
+	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
 
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
 test: setup

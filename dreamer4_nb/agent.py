@@ -38,7 +38,7 @@ def two_hot(x, bins):
     high = torch.searchsorted(bins, x.contiguous()).clamp(1, len(bins) - 1)
     low = high - 1
     share = (x - bins[low]) / (bins[high] - bins[low])
-    weights = torch.zeros(*x.shape, len(bins), device=x.device, dtype=x.dtype)
+    weights = torch.zeros(*x.shape, len(bins), device=x.device, dtype=share.dtype)
     weights.scatter_(-1, low[..., None], (1 - share)[..., None])
     return weights.scatter_add_(-1, high[..., None], share[..., None])
 
@@ -186,7 +186,7 @@ class ScalarHead(nn.Module):
 
     def forward(self, h):
         "Mean (...) at distance 0 of h (..., n_agent, width)."
-        return F.softmax(self.logits(h)[..., 0, :].float(), -1) @ self.bins
+        return (F.softmax(self.logits(h)[..., 0, :].float(), -1) * self.bins).sum(-1)   # not a product of matrices: autocast would round it
 
     def loss(self, h, target):
         "Cross-entropy (..., distances) with the two-hot target (..., distances)."
@@ -282,6 +282,7 @@ def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainCo
     """Phase 2: adds agent tokens to the pretrained `dynamics` and trains both with `fit`; returns (dynamics, heads).
 
     Half of the rows are relevant (expert and medium episodes), half uniform over the LatentStore.
+    Cloning weighs 4: divided by its own size it would hardly move the trunk, for most of it is the noise of the labels.
     UserError if the heads' width or action_dim is not that of the dynamics.
     """
     c = dynamics.config
@@ -297,7 +298,7 @@ def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainCo
     batches = Mixture([(Windows(good, length, batch // 2, train.seed, focus=focus), batch // 2, True),
                        (Windows(latents, length, batch // 2, train.seed + 1), batch // 2, False)])
     fit("agent", {"dynamics": dynamics, "heads": heads}, agent_loss, batches, train, run_dir,
-        model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)})
+        weights={"cloning": 4.0}, model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)})
     return dynamics.eval(), heads.eval()
 
 

@@ -336,7 +336,7 @@ def closed_loop(run: Run) -> list[Records]:
         records = evaluate_policy(policy, run.preset.task, seeds, p.decisions, run.preset.workers, keep, name,
                                   run.preset.tokenizer.model.image, progress=True)
         for k in range(keep):
-            save_video(run.folder / "figures" / f"policy-{k}.webp", beside_dream(policy, records.frames[k], records.actions[k]), fps=25)
+            save_video(run.folder / "figures" / f"policy-{k}.webp", beside_dream(policy, records.frames[k], records.actions[k]), fps=25, scale=2)
         records.save(path)
         out.append(records)
         s = records.summary()
@@ -355,7 +355,7 @@ def figures(run: Run, dream_report: dict) -> dict[str, str]:
     save(image_grid(torch.stack([r for pair in zip(truth[:2], dream[:2]) for r in pair])[:, steps],
                     titles=[f"+{t - prefix + 1}" for t in steps], rows=["truth", "dream"] * 2), "dream-frames")
     side = torch.cat([torch.cat(list(truth), -1), torch.cat(list(dream), -1)], -2)
-    save_video(folder / "dream-rollouts.webp", side, fps=8)
+    save_video(folder / "dream-rollouts.webp", side, fps=8, scale=2)
     save(steps_figure(dream_report["per_step"]), "dream-steps")
     histories = {}
     for name in ORDER:
@@ -394,6 +394,6 @@ def finish(run: Run) -> Path:
     by_name = {r.policy: r for r in records}
     results |= {"task": run.preset.task, "machine": machine(), "captions": captions, "closed_loop": closed_loop_rows(records),
                 "pmpo_minus_cloning": [compare(by_name[f"PMPO, {r}"], by_name[f"cloning, {r}"]) for r in p.readouts],
-                "phases": {k: {"seconds": v["seconds"]} for k, v in run.phases.items()}}
+                "phases": {k: {"seconds": v["seconds"], "order": (*ORDER, "evaluation").index(k)} for k, v in run.phases.items()}}
     write_json(run.folder / "results.json", results)
     return report(run.folder)

@@ -212,7 +212,7 @@ def dynamics_loss(modules, batch, generator):
     share = metrics["bootstrap_share"]
     return {"dynamics": (1 - share) * losses["flow"] + share * losses["bootstrap"]}, metrics
 
-# %% ../nbs/09_dynamics.ipynb #cell-43
+# %% ../nbs/09_dynamics.ipynb #cell-45
 def train_dynamics(latents, config: DynamicsConfig, train: TrainConfig, run_dir, batch: int = 16, length: int = 32,
                    focus: float = 0.7) -> Dynamics:
     "Phase 1b: trains the dynamics alone on a LatentStore with `fit`, batches of `batch` windows of `length` frames."

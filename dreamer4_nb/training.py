@@ -293,11 +293,12 @@ def summarise(name: str, measured: list[tuple[dict[str, Tensor], dict[str, Tenso
 # %% ../nbs/07_training.ipynb #cell-52
 @contextlib.contextmanager
 def catch_stop() -> Iterator[threading.Event]:
-    "Yield an event that Ctrl-C (or SIGTERM) sets, so that a step is finished first; a second Ctrl-C interrupts at once."
+    "Yield an event that Ctrl-C (or SIGTERM) sets, so that a step is finished first; without ranks a second Ctrl-C interrupts at once."
     stop, old = threading.Event(), {}
 
     def handler(number, frame):
-        if stop.is_set():
+        # torchrun passes Ctrl-C on to ranks that have had it already: there a second one means nothing.
+        if stop.is_set() and number == signal.SIGINT and not dist.is_initialized():
             raise KeyboardInterrupt
         stop.set()
 
