@@ -7,10 +7,11 @@ __all__ = ['TINY', 'SMALL', 'MICRO', 'PRESETS', 'MINUTES', 'ORDER', 'PARTS', 'di
            'AgentPhase', 'ImaginationPhase', 'EvaluationPhase', 'Preset', 'dictated', 'linked', 'cores', 'say', 'Run',
            'policies', 'closed_loop', 'figures', 'machine', 'finish']
 
-# %% ../nbs/18_chain.ipynb #cell-2
+# %% ../nbs/18_chain.ipynb #cell-3
 import json
 import os
 import platform
+import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
@@ -34,14 +35,14 @@ from .imagination import ImaginationConfig, load_imagination, train_imagination
 from .evaluation import (PlannerPolicy, RandomPolicy, Records, beside_dream, closed_loop_rows, compare, curves_figure, dreams,
                                     evaluate_policy, reconstructions, report, steps_figure)
 
-# %% ../nbs/18_chain.ipynb #cell-8
+# %% ../nbs/18_chain.ipynb #cell-10
 def differences(old, new, where: str = "") -> list[str]:
     "What differs between two nested dictionaries, as text."
     if isinstance(old, dict) and isinstance(new, dict):
         return [d for key in sorted(old.keys() | new.keys()) for d in differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))]
     return [] if old == new else [f"{where} is {old!r} there, {new!r} here"]
 
-# %% ../nbs/18_chain.ipynb #cell-11
+# %% ../nbs/18_chain.ipynb #cell-13
 @dataclass(frozen=True)
 class TokenizerPhase:
     "Phase 1a: frames become latents (notebook 08)."
@@ -53,7 +54,7 @@ class TokenizerPhase:
     perceptual: float = 0.2  # weight of the perceptual loss; 0 = none
     perceptual: float = 0.2  # weight of LPIPS, where its trunk is at hand (notebook 08)
 
-# %% ../nbs/18_chain.ipynb #cell-12
+# %% ../nbs/18_chain.ipynb #cell-14
 @dataclass(frozen=True)
 class DynamicsPhase:
     "Phase 1b: latents become a world (notebook 09). Latents, action size and so on are taken from the tokenizer and the task."
@@ -63,7 +64,7 @@ class DynamicsPhase:
     length: int = 32      # frames in a window
     focus: float = 0.7    # share of windows drawn from where the task is not yet solved
 
-# %% ../nbs/18_chain.ipynb #cell-13
+# %% ../nbs/18_chain.ipynb #cell-15
 @dataclass(frozen=True)
 class AgentPhase:
     "Phase 2: behaviour cloning, reward and continue heads (notebook 12). Width, task and action size are taken from the dynamics."
@@ -73,7 +74,7 @@ class AgentPhase:
     length: int = 24      # frames in a window
     focus: float = 0.7    # share of windows drawn from where the task is not yet solved
 
-# %% ../nbs/18_chain.ipynb #cell-14
+# %% ../nbs/18_chain.ipynb #cell-16
 @dataclass(frozen=True)
 class ImaginationPhase:
     "Phase 3: reinforcement learning inside the dream (notebook 13)."
@@ -82,7 +83,7 @@ class ImaginationPhase:
     batch: int = 64       # dreams in a batch
     focus: float = 0.7    # share of dreams begun where the task is not yet solved
 
-# %% ../nbs/18_chain.ipynb #cell-15
+# %% ../nbs/18_chain.ipynb #cell-17
 @dataclass(frozen=True)
 class EvaluationPhase:
     "Closed loop in the real environment, and the quality of reconstructions and dreams on held-out episodes (notebook 14)."
@@ -94,7 +95,7 @@ class EvaluationPhase:
     dreams: int = 32                      # held-out windows on which dreams are measured
     videos: int = 3                       # episodes shown in the report
 
-# %% ../nbs/18_chain.ipynb #cell-16
+# %% ../nbs/18_chain.ipynb #cell-18
 @dataclass(frozen=True)
 class Preset:
     "Every setting of a run."
@@ -111,7 +112,7 @@ class Preset:
     imagination: ImaginationPhase = ImaginationPhase()
     evaluation: EvaluationPhase = EvaluationPhase()
 
-# %% ../nbs/18_chain.ipynb #cell-18
+# %% ../nbs/18_chain.ipynb #cell-20
 def dictated(model, **values):
     "The config with fields that another part dictates. UserError where one was set to something else by hand."
     defaults = type(model)()
@@ -120,7 +121,7 @@ def dictated(model, **values):
             raise UserError(f"{type(model).__name__}.{name} is {getattr(model, name)!r}, but the task, tokenizer and dynamics ask for {value!r}; leave it out")
     return replace(model, **values)
 
-# %% ../nbs/18_chain.ipynb #cell-19
+# %% ../nbs/18_chain.ipynb #cell-21
 def linked(preset: Preset) -> Preset:
     "The preset with what one part dictates to another filled in: sizes of latents and actions, widths, task, training seeds."
     info, tokens, dynamics = task_info(preset.task), preset.tokenizer.model, preset.dynamics.model
@@ -131,16 +132,17 @@ def linked(preset: Preset) -> Preset:
     return replace(preset, **{name: replace(phase, model=models[name], train=replace(phase.train, seed=phase.train.seed + preset.seed))
                               for name, phase in phases.items()})
 
-# %% ../nbs/18_chain.ipynb #cell-22
+# %% ../nbs/18_chain.ipynb #cell-24
 TINY = Preset(
     tokenizer=TokenizerPhase(TokenizerConfig(mask_max=0.0, latent_noise=0.05, transformer=TransformerConfig(
                                  width=128, depth=4, heads=4, kv_heads=4, time_every=4, context=2)),
                              TrainConfig(steps=7500, lr=1e-3, log_every=100), batch=8, length=2, perceptual=0.0),
     dynamics=DynamicsPhase(DynamicsConfig(p_context=0.5, transformer=TransformerConfig(
                                width=128, depth=4, heads=4, kv_heads=2, time_every=2, context=16)),
-                           TrainConfig(steps=2600, lr=1e-3, ema=0.998), batch=16, length=24),
-    agent=AgentPhase(train=TrainConfig(steps=500, lr=5e-4, ema=0.99)),
-    imagination=ImaginationPhase(train=TrainConfig(steps=80, lr=3e-4)))
+                           TrainConfig(steps=2400, lr=1e-3, ema=0.998), batch=16, length=24),
+    agent=AgentPhase(train=TrainConfig(steps=800, lr=1e-3, ema=0.99)),
+    imagination=ImaginationPhase(train=TrainConfig(steps=60, lr=3e-4)),
+    evaluation=EvaluationPhase(readouts=("sample",)))
 _wide = TransformerConfig(width=512, depth=8, heads=8, kv_heads=4, time_every=4, context=64)
 SMALL = Preset(
     tokenizer=TokenizerPhase(TokenizerConfig(n_latents=16, transformer=replace(_wide, width=384, depth=6, time_every=3, context=16)),
@@ -160,9 +162,9 @@ MICRO = Preset(
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
     evaluation=EvaluationPhase(episodes=4, decisions=12, readouts=("sample",), demonstrator=2, dreams=4, videos=1))
 PRESETS = {"tiny": TINY, "small": SMALL, "micro": MICRO}
-MINUTES = {"data": 1.5, "tokenizer": 6, "latents": 0.7, "dynamics": 6, "agent": 3, "imagination": 2, "evaluation": 3}  # tiny, two cores
+MINUTES = {"data": 1, "tokenizer": 9, "latents": 1, "dynamics": 5, "agent": 4, "imagination": 0.6, "evaluation": 2.5}  # tiny, two cores
 
-# %% ../nbs/18_chain.ipynb #cell-25
+# %% ../nbs/18_chain.ipynb #cell-27
 def cores() -> int:
     "Cores that this process may use: its affinity, and a container's quota where there is one."
     n = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -172,13 +174,13 @@ def cores() -> int:
     except (OSError, ValueError):
         return n
 
-# %% ../nbs/18_chain.ipynb #cell-26
+# %% ../nbs/18_chain.ipynb #cell-28
 def say(text: str = "") -> None:
     "A line of progress; only the first rank speaks."
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
-# %% ../nbs/18_chain.ipynb #cell-28
+# %% ../nbs/18_chain.ipynb #cell-30
 ORDER = ("data", "tokenizer", "latents", "dynamics", "agent", "imagination")
 PARTS = {"tokenizer", "latents", "dynamics", "agent", "imagination"}
 
@@ -305,7 +307,7 @@ class Run:
         return self._made("imagination", "reinforcement learning in the dream", lambda path: load_imagination(path, self.agent[1]),
                           train_imagination, lambda: (self.latents[0], self.world, self.agent[1]))
 
-# %% ../nbs/18_chain.ipynb #cell-40
+# %% ../nbs/18_chain.ipynb #cell-42
 def policies(run: Run) -> dict:
     "Every policy to judge, by name: (policy, seeds)."
     p = run.preset.evaluation
@@ -318,7 +320,7 @@ def policies(run: Run) -> dict:
         out["demonstrator"] = (PlannerPolicy(run.preset.task), seeds[:p.demonstrator])
     return out
 
-# %% ../nbs/18_chain.ipynb #cell-42
+# %% ../nbs/18_chain.ipynb #cell-44
 def closed_loop(run: Run) -> list[Records]:
     """Records of every policy, in the run's folder episodes/; those there that are younger than the policy are read.
 
@@ -334,7 +336,7 @@ def closed_loop(run: Run) -> list[Records]:
             continue
         keep = min(p.videos, len(seeds)) if name == f"PMPO, {p.readouts[0]}" else 0
         records = evaluate_policy(policy, run.preset.task, seeds, p.decisions, run.preset.workers, keep, name,
-                                  run.preset.tokenizer.model.image, progress=True)
+                                  run.preset.tokenizer.model.image, progress=sys.stderr.isatty())
         for k in range(keep):
             save_video(run.folder / "figures" / f"policy-{k}.webp", beside_dream(policy, records.frames[k], records.actions[k]), fps=25, scale=2)
         records.save(path)
@@ -343,7 +345,7 @@ def closed_loop(run: Run) -> list[Records]:
         say(f"  {name}: any {s['any']:.2f}, held {s['held']:.2f} of {s['n']} episodes")
     return out
 
-# %% ../nbs/18_chain.ipynb #cell-43
+# %% ../nbs/18_chain.ipynb #cell-45
 def figures(run: Run, dream_report: dict) -> dict[str, str]:
     "Pictures of the report, into the run's figures folder; returns their captions."
     folder, held = run.folder / "figures", run.split[1]
@@ -374,13 +376,13 @@ def figures(run: Run, dream_report: dict) -> dict[str, str]:
         "training-curves": "Losses over the steps of each phase.",
     }
 
-# %% ../nbs/18_chain.ipynb #cell-44
+# %% ../nbs/18_chain.ipynb #cell-46
 def machine() -> dict:
     "What the numbers were made on."
     return {"python": platform.python_version(), "torch": torch.__version__, "cores": cores(), "threads": torch.get_num_threads(),
             "device": str(pick_device()), "dtype": str(pick_dtype(pick_device())).removeprefix("torch."), "platform": platform.machine()}
 
-# %% ../nbs/18_chain.ipynb #cell-46
+# %% ../nbs/18_chain.ipynb #cell-48
 def finish(run: Run) -> Path:
     "Measures everything on held-out episodes and in the real environment; writes results.json and report.html."
     run.imagination  # trains what is not there

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Name', 'Settings', 'Demo', 'Train', 'Evaluate', 'Collect', 'checks', 'Doctor', 'parse', 'main']
 
-# %% ../nbs/19_cli.ipynb #cell-2
+# %% ../nbs/19_cli.ipynb #cell-3
 import importlib.metadata
 import json
 import platform
@@ -28,7 +28,7 @@ from .data import Episode, EpisodeStore, building
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .chain import PRESETS, TINY, Preset, Run, closed_loop, cores, finish, say
 
-# %% ../nbs/19_cli.ipynb #cell-6
+# %% ../nbs/19_cli.ipynb #cell-9
 Name = Literal["tiny", "small", "micro"]
 Settings = Annotated[Preset, tyro.conf.arg(name="")]
 
@@ -53,7 +53,7 @@ class Demo:
             say(f"{c['a']} minus {c['b']}: {c['difference']:+.2f} [{c['interval'][0]:+.2f}, {c['interval'][1]:+.2f}], p {c['p']:.2g}")
         say(f"\nthe report, one file to open in a browser: {path}")
 
-# %% ../nbs/19_cli.ipynb #cell-8
+# %% ../nbs/19_cli.ipynb #cell-11
 @dataclass(frozen=True)
 class Train:
     "Trains one phase of a run folder, which must hold the phases before it. Under torchrun: torchrun -m dreamer4_nb.cli train ..."
@@ -66,7 +66,7 @@ class Train:
         getattr(Run(self.run, self.settings, only=self.phase), self.phase)
         say(f"{self.run / self.phase}.safetensors")
 
-# %% ../nbs/19_cli.ipynb #cell-10
+# %% ../nbs/19_cli.ipynb #cell-13
 @dataclass(frozen=True)
 class Evaluate:
     "Closed loop of a trained run in the real environment: all policies on the same new seeds, with intervals and paired tests."
@@ -89,7 +89,7 @@ class Evaluate:
         say(text_table(closed_loop_table(closed_loop_rows(closed_loop(run)))))
         say(f"episode by episode: {self.run / 'episodes'}")
 
-# %% ../nbs/19_cli.ipynb #cell-12
+# %% ../nbs/19_cli.ipynb #cell-15
 @dataclass(frozen=True)
 class Collect:
     "Demonstrations by the planner. Into a .zarr: a store with frames, for --data. Into an .npz: states and actions only, a hundredth of the size."
@@ -119,7 +119,7 @@ class Collect:
         caught = np.mean([e["rewards"].max() > 0 for e in episodes])
         say(f"{self.out}: {len(episodes)} episodes, {caught:.2f} with a reward")
 
-# %% ../nbs/19_cli.ipynb #cell-14
+# %% ../nbs/19_cli.ipynb #cell-17
 def checks():
     "Yields (name, fine, what was found, remedy)."
     yield "python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or later"
@@ -142,16 +142,16 @@ def checks():
         yield "drawing", True, f"{gl}, {(time.perf_counter() - began) * 20:.1f} ms a frame of 64 x 64", ""
     except Exception as error:  # each backend fails in its own way
         yield "drawing", False, str(error).splitlines()[0], "sudo apt-get install -y libosmesa6 libegl1"
-    for name in ("demos_ball_in_cup-catch.npz", "tiny_tokenizer.safetensors", "tiny_dynamics.safetensors"):
+    for name in ("demos_ball_in_cup-catch.npz", *(f"tiny_{part}.safetensors" for part in ("tokenizer", "dynamics", "agent", "imagination"))):
         try:
             yield "asset", True, f"{name}, {asset(name).stat().st_size / 1e6:.1f} MB", ""
         except UserError:
             yield "asset", False, f"{name} is missing", "install the package again"
     for name, folder in (("disk here", Path.cwd()), ("disk, cache", cache_dir())):
         free = shutil.disk_usage(folder).free / 1e9
-        yield name, free > 2, f"{free:.0f} GB free at {folder}", "free some space, or set DREAMER4_CACHE to another disk"
+        yield name, free > 2, f"{free:.0f} GB free", f"free some space at {folder}, or set DREAMER4_CACHE to another disk"
 
-# %% ../nbs/19_cli.ipynb #cell-15
+# %% ../nbs/19_cli.ipynb #cell-18
 def _speed(device, dtype, n: int = 1024) -> float:
     "GFLOP/s of a matrix product."
     x, rounds = torch.randn(n, n, device=device, dtype=dtype), 10
@@ -162,7 +162,7 @@ def _speed(device, dtype, n: int = 1024) -> float:
     y.sum().item()
     return rounds * 2 * n ** 3 / (time.perf_counter() - began) / 1e9
 
-# %% ../nbs/19_cli.ipynb #cell-16
+# %% ../nbs/19_cli.ipynb #cell-19
 @dataclass(frozen=True)
 class Doctor:
     "Looks at what this machine has: versions, cores, bfloat16, drawing without a screen, shipped files, disk."
@@ -175,7 +175,7 @@ class Doctor:
         if bad:
             raise UserError(f"{bad} of these need attention; each line says what to do")
 
-# %% ../nbs/19_cli.ipynb #cell-18
+# %% ../nbs/19_cli.ipynb #cell-21
 def parse(arguments: list[str]):
     "The command that the arguments ask for, as one of the dataclasses above; `--preset` decides the defaults of all other settings."
     words = [word for argument in arguments for word in (argument.split("=", 1) if argument.startswith("--preset=") else [argument])]
@@ -189,7 +189,7 @@ def parse(arguments: list[str]):
         Annotated[Doctor, tyro.conf.subcommand("doctor")]]
     return tyro.cli(Command, args=arguments, prog="dreamer4", description="Dreamer 4: a world model, and an agent trained inside it.")
 
-# %% ../nbs/19_cli.ipynb #cell-23
+# %% ../nbs/19_cli.ipynb #cell-26
 def main(arguments: list[str] | None = None) -> int:
     "Runs one command. Returns 0; 2 after one line about what the user can put right; 130 after Ctrl-C."
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -204,6 +204,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     return 0
 
-# %% ../nbs/19_cli.ipynb #cell-26
+# %% ../nbs/19_cli.ipynb #cell-29
 if __name__ == "__main__" and "__file__" in globals():
     sys.exit(main())

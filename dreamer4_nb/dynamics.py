@@ -147,48 +147,7 @@ def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
         segments = torch.where(cut, frame // config.short, segments)
     return torch.where(images, frame, segments), images
 
-
-def dynamics_loss(modules, batch, generator):
-    """Shortcut forcing on a batch of latents, for `fit` (paper, section 3.2).
-
-    One term, the mean over all frames: as two terms, each divided by its own RMS, the small bootstrap loss would
-    outweigh the data.
-    """
-    model = modules["dynamics"]
-    c, z = model.config, model.normalise(batch.latents.float())
-    b, t = z.shape[:2]
-    known = batch.action_known
-    segments, images = draw_segments(c, b, t, generator)
-    if segments is not None:
-        segments, known = segments.to(z.device), known & ~images.to(z.device)   # nothing led to a single image
-    agent = z.new_zeros(b, c.n_agent, c.transformer.width) if c.n_agent else None
-
-    def f(z_tau, i, j, rows=slice(None)):
-        return model(z_tau, i, j, batch.actions[rows], known[rows], None if agent is None else agent[rows],
-                     None if segments is None else segments[rows])[0]
-
-    losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip)
-    share = metrics["bootstrap_share"]
-    return {"dynamics": (1 - share) * losses["flow"] + share * losses["bootstrap"]}, metrics
-
 # %% ../nbs/09_dynamics.ipynb #cell-31
-def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
-    """Clip numbers (b, t), and which rows are single images (b, 1).
-
-    A row is, by chance: t single images, short clips of `config.short` frames, or one clip of t frames. All have
-    one tensor shape. Both are None when the config asks for whole rows only.
-    """
-    if not config.image_rows and not config.short:
-        return None, None
-    frame, kind = torch.arange(t).expand(b, t), torch.rand(b, 1, generator=generator)
-    images = kind < config.image_rows
-    segments = torch.zeros(b, t, dtype=torch.long)
-    if config.short:
-        cut = kind < config.image_rows + (1 - config.image_rows) / 2
-        segments = torch.where(cut, frame // config.short, segments)
-    return torch.where(images, frame, segments), images
-
-
 def dynamics_loss(modules, batch, generator):
     """Shortcut forcing on a batch of latents, for `fit` (paper, section 3.2).
 

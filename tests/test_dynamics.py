@@ -43,7 +43,9 @@ def make_batch(config, seed=2, b=8, t=T):
 
 
 def gradient(output, source):
-    (found,) = torch.autograd.grad(output.square().sum(), source, retain_graph=True, allow_unused=True)
+    "Of a random projection of `output`: its square would be blind behind a norm."
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    (found,) = torch.autograd.grad((output * weights).sum(), source, retain_graph=True, allow_unused=True)
     return torch.zeros_like(source) if found is None else found
 
 
@@ -56,7 +58,7 @@ def test_nothing_sees_the_agent_and_the_agent_sees_everything():
     assert h.shape == (B, T, 2, 32)
     assert gradient(x_hat, inputs["agent"]).abs().max() == 0
     for name in ("z", "actions", "agent"):
-        assert gradient(h[:, -1], inputs[name]).abs().max() > 1e-6, name
+        assert gradient(h[:, -1], inputs[name]).abs().max() > 1e-3, name
 
 
 def test_the_world_without_agent_tokens_is_the_same_world():

@@ -178,32 +178,33 @@ def test_the_kl_points_from_the_policy_to_the_prior():
     assert isinstance(now, Categorical)
 
 
-N, GAMMA = 6, 0.7
-PAY = torch.tensor([0.5, 0, 0, 0, 0, 1.0])
-GOES_ON = torch.tensor([0.0, 1, 1, 1, 1, 0])
+N, GAMMA, SLIP = 7, 0.8, 0.1
+PAY = torch.tensor([0.5, 0, 0, 0, 0, 0, 1.0])
+GOES_ON = torch.tensor([0.0, 1, 1, 1, 1, 1, 0])
+BEST = torch.tensor([0.49, 0.45, 0.57, 0.74, 0.96])                   # values of the inner places, by value iteration (notebook 13)
 place = lambda s: F.one_hot(s, N).float()[:, None]
 
 
 class Chain(nn.Module):
-    "Both ends pay: from place 1 the best is the near end, from 2 to 4 the far one."
-    def start(self, b, source, agent): return SimpleNamespace(h=None)
+    "Both ends pay: from place 1 the best is the near end, from all others the far one. One step in ten slips."
+    def start(self, b, source, agent): return SimpleNamespace(source=source, h=None)
     def observe(self, dream, latents, actions, known): dream.h = place(latents[:, -1, 0, 0].long())
     def imagine(self, dream, action):
-        s = dream.h[:, 0].argmax(-1)
-        dream.h = place(torch.where(GOES_ON[s] > 0, s + torch.where(action[:, 0] > 0, 1, -1), N // 2))
+        s, slips = dream.h[:, 0].argmax(-1), torch.rand(len(action), generator=dream.source) < SLIP
+        dream.h = place(torch.where(GOES_ON[s] > 0, s + torch.where((action[:, 0] > 0) ^ slips, 1, -1), N // 2))
         return dream.h
 
 
 def test_pmpo_finds_the_known_best_policy():
     torch.manual_seed(0)
     heads = AgentHeads(AgentConfig(width=N, hidden=32, mtp=0, action_dim=1, policy="bernoulli"))
-    heads.policy.net[-1].bias.data.fill_(-0.85)                      # a prior that goes left with 70%
+    heads.policy.net[-1].bias.data.fill_(-0.847)                      # a prior that goes left with 70%
     heads.reward.forward = lambda h: h[..., 0, :] @ PAY
     heads.continue_logits = lambda h: (h[..., 0, :] @ GOES_ON - 0.5)[..., None] * 40
     learners = make_learners(heads)
-    loss_fn = imagination_loss(Chain(), heads, ImaginationConfig(context=1, horizon=7, gamma=GAMMA))
+    loss_fn = imagination_loss(Chain(), heads, ImaginationConfig(context=1, horizon=8, gamma=GAMMA))
     optimiser = torch.optim.Adam([p for m in learners.values() for p in m.parameters()], lr=1e-2)
-    for step in range(150):
+    for step in range(120):
         g = step_generator(0, step)
         batch = make_contexts(32, 1)
         batch.latents = torch.randint(1, N - 1, (32, 1, 1, 1), generator=g).float()
@@ -213,8 +214,8 @@ def test_pmpo_finds_the_known_best_policy():
         optimiser.step()
     inner = place(torch.arange(1, N - 1))
     chance, value = learners["policy"](inner).mean()[:, 0], learners["value"](inner)
-    assert (chance > 0.5).tolist() == [False, True, True, True]
-    torch.testing.assert_close(value, torch.tensor([0.5, 0.49, 0.7, 1.0]), atol=0.12, rtol=0)
+    assert (chance > 0.5).tolist() == [False, True, True, True, True]
+    torch.testing.assert_close(value, BEST, atol=0.15, rtol=0)
 
 
 def test_wrong_input_is_named(tmp_path):
