@@ -307,7 +307,7 @@ class Run:
         return self._made("imagination", "reinforcement learning in the dream", lambda path: load_imagination(path, self.agent[1]),
                           train_imagination, lambda: (self.latents[0], self.world, self.agent[1]))
 
-# %% ../nbs/18_chain.ipynb #cell-42
+# %% ../nbs/18_chain.ipynb #cell-43
 def policies(run: Run) -> dict:
     "Every policy to judge, by name: (policy, seeds)."
     p = run.preset.evaluation
@@ -320,7 +320,7 @@ def policies(run: Run) -> dict:
         out["demonstrator"] = (PlannerPolicy(run.preset.task), seeds[:p.demonstrator])
     return out
 
-# %% ../nbs/18_chain.ipynb #cell-44
+# %% ../nbs/18_chain.ipynb #cell-45
 def closed_loop(run: Run) -> list[Records]:
     """Records of every policy, in the run's folder episodes/; those there that are younger than the policy are read.
 
@@ -345,7 +345,7 @@ def closed_loop(run: Run) -> list[Records]:
         say(f"  {name}: any {s['any']:.2f}, held {s['held']:.2f} of {s['n']} episodes")
     return out
 
-# %% ../nbs/18_chain.ipynb #cell-45
+# %% ../nbs/18_chain.ipynb #cell-46
 def figures(run: Run, dream_report: dict) -> dict[str, str]:
     "Pictures of the report, into the run's figures folder; returns their captions."
     folder, held = run.folder / "figures", run.split[1]
@@ -376,13 +376,13 @@ def figures(run: Run, dream_report: dict) -> dict[str, str]:
         "training-curves": "Losses over the steps of each phase.",
     }
 
-# %% ../nbs/18_chain.ipynb #cell-46
+# %% ../nbs/18_chain.ipynb #cell-47
 def machine() -> dict:
     "What the numbers were made on."
     return {"python": platform.python_version(), "torch": torch.__version__, "cores": cores(), "threads": torch.get_num_threads(),
             "device": str(pick_device()), "dtype": str(pick_dtype(pick_device())).removeprefix("torch."), "platform": platform.machine()}
 
-# %% ../nbs/18_chain.ipynb #cell-48
+# %% ../nbs/18_chain.ipynb #cell-49
 def finish(run: Run) -> Path:
     "Measures everything on held-out episodes and in the real environment; writes results.json and report.html."
     run.imagination  # trains what is not there
