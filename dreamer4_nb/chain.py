@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'SMALL', 'MICRO', 'PRESETS', 'MINUTES', 'ORDER', 'PARTS', 'differences', 'TokenizerPhase', 'DynamicsPhase',
            'AgentPhase', 'ImaginationPhase', 'EvaluationPhase', 'Preset', 'dictated', 'linked', 'cores', 'say', 'Run',
-           'policies', 'closed_loop', 'figures', 'machine', 'finish']
+           'policies', 'closed_loop', 'figures', 'machine', 'measured', 'finish']
 
 # %% ../nbs/18_chain.ipynb #cell-3
 import json
@@ -383,14 +383,25 @@ def machine() -> dict:
             "device": str(pick_device()), "dtype": str(pick_dtype(pick_device())).removeprefix("torch."), "platform": platform.machine()}
 
 # %% ../nbs/18_chain.ipynb #cell-49
+def measured(run: Run) -> dict:
+    "Held-out figures of tokenizer and dream, from metrics.json where it is younger than the dynamics."
+    path, dreamt, (train, held) = run.folder / "metrics.json", run.preset.evaluation.dreams, run.split
+    if path.exists() and path.stat().st_mtime > (run.folder / "dynamics.safetensors").stat().st_mtime:
+        if (figures := run._read(path.name)).get("dreams") == dreamt:
+            return figures
+    figures = {"dreams": dreamt, "tokenizer": tokenizer_report(run.tokenizer, held, train),
+               "dream": rollout_report(WorldModel(run.tokenizer, run.dynamics), held, run.latents[1], prefix=8,
+                                       length=min(32, int(held.lengths.max())), windows=dreamt)}
+    write_json(path, figures)
+    return figures
+
+
 def finish(run: Run) -> Path:
     "Measures everything on held-out episodes and in the real environment; writes results.json and report.html."
     run.imagination  # trains what is not there
-    p, (train, held) = run.preset.evaluation, run.split
-    length = min(32, int(held.lengths.max()))
+    p = run.preset.evaluation
     with run.phase("evaluation", f"{p.episodes} episodes of each policy in the real environment"):
-        results = {"tokenizer": tokenizer_report(run.tokenizer, held, train),
-                   "dream": rollout_report(WorldModel(run.tokenizer, run.dynamics), held, run.latents[1], prefix=8, length=length, windows=p.dreams, seed=0)}
+        results = measured(run)
         records = closed_loop(run)
         captions = figures(run, results["dream"])
     by_name = {r.policy: r for r in records}

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from dreamer4_nb import core
 from dreamer4_nb.core import save_checkpoint, step_generator
 from dreamer4_nb.training import TrainConfig, fit
 
@@ -41,6 +42,24 @@ def gradients(modules):
     return {f"{name}.{key}": p.grad.clone() for name, module in modules.items() for key, p in module.named_parameters()}
 
 
+class SlowFile:
+    "A file whose writes take 16 ms, so that a kill is likely to fall into one."
+
+    def __init__(self, *args):
+        self.file = open(*args, buffering=0)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *args):
+        self.file.close()
+
+    def write(self, data):
+        for start in range(0, len(data), len(data) // 16 + 1):
+            self.file.write(data[start:start + len(data) // 16 + 1])
+            time.sleep(1e-3)
+
+
 def train_until_killed(run_dir, rounds):
     "Start the same run `rounds` times, each time killing it a moment after it began to save; then let it finish."
     rng = random.Random(0)
@@ -49,10 +68,12 @@ def train_until_killed(run_dir, rounds):
         child = os.fork()
         if child == 0:
             torch.set_num_threads(1)
-            fit("toy", make_modules(), loss_fn, make_batch, make_config(steps=120, save_every=1), run_dir, progress=False)
+            core.open = SlowFile
+            fit("toy", make_modules(), loss_fn, make_batch, make_config(steps=80, save_every=1), run_dir, progress=False)
             os._exit(0)
         before = part.stat().st_mtime_ns if part.exists() else 0
         while round < rounds and (not part.exists() or part.stat().st_mtime_ns == before):
+            assert os.waitpid(child, os.WNOHANG)[0] == 0, "the run ended by itself"
             time.sleep(1e-3)
         if round < rounds:
             time.sleep(rng.random() * 0.1)
