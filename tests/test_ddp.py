@@ -10,7 +10,7 @@ from dreamer4_nb.core import load_checkpoint
 from dreamer4_nb.training import fit
 
 TOY = Path(__file__).parent / "toy_training.py"
-LIMIT = 300  # seconds, on a busy machine
+LIMIT = 600  # seconds, on a busy machine
 
 
 def torchrun(run_dir, *options):
