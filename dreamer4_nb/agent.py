@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['symlog', 'symexp', 'two_hot', 'cross_entropy', 'ahead', 'masked_mean', 'Categorical', 'Gaussian', 'Bernoulli',
-           'AgentConfig', 'mlp', 'PolicyHead', 'ScalarHead', 'AgentHeads', 'agent_loss', 'Policy', 'train_agent',
-           'load_agent']
+           'AgentConfig', 'mlp', 'PolicyHead', 'ScalarHead', 'AgentHeads', 'read_agent', 'agent_loss', 'Policy',
+           'train_agent', 'load_agent']
 
 # %% ../nbs/12_agent.ipynb #cell-2
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from .core import UserError, asset, check_shape, from_dict, load_checkpoint, loa
 from .data import Mixture, Windows
 from .training import TrainConfig, fit
 from .forcing import noise_context
-from .dynamics import Dynamics, DynamicsConfig, dynamics_loss
+from .dynamics import Dynamics, DynamicsConfig, video_loss
 from .generation import WorldModel
 
 # %% ../nbs/12_agent.ipynb #cell-8
@@ -214,18 +214,34 @@ class AgentHeads(nn.Module):
         return self.continues(h.flatten(-2))
 
 # %% ../nbs/12_agent.ipynb #cell-38
+def read_agent(modules, batch, generator):
+    """The agent tokens' outputs h (b, t, n_agent, width) on frames committed as context, as in use, with the video loss
+    of the uniform rows: (h, losses, metrics). Where the dynamics train on such context, one pass gives both."""
+    dynamics, heads = modules["dynamics"], modules["heads"]
+    c, schedule, uniform = dynamics.config, dynamics.config.schedule, ~batch.relevant
+    losses, metrics, h = {}, {}, batch.latents.new_zeros(*batch.latents.shape[:2], c.n_agent, c.transformer.width)
+    rest = torch.ones_like(uniform)
+    if uniform.any():
+        loss, metrics, of_uniform = video_loss(dynamics, batch[uniform], generator, heads.tokens(batch.task[uniform]) if c.committed else None)
+        losses = {"dynamics": loss}
+        if of_uniform is not None:
+            rest, h = ~uniform, h.index_put((uniform,), of_uniform)
+    if rest.any():
+        part = batch[rest]
+        z = noise_context(dynamics.normalise(part.latents.float()), schedule, generator)
+        level = torch.tensor([schedule.ctx_index, schedule.ctx_j], device=z.device).expand(*z.shape[:2], 2).unbind(-1)
+        h = h.index_put((rest,), dynamics(z, *level, part.actions, part.action_known, heads.tokens(part.task))[1])
+    return h, losses, metrics
+
+
 def agent_loss(modules, batch, generator):
     """Phase 2 (paper, Eq. 9): behaviour cloning on the relevant rows, the video loss on the uniform rows, reward and continue on all.
 
     modules: dynamics and heads; batch: a `Batch` with latents. Returns (losses, metrics) for `fit`.
-    Heads read h where it is read in use: on frames committed as context, noised to tau_ctx.
     Cloned are the actions that the demonstrator intended.
     """
-    dynamics, heads = modules["dynamics"], modules["heads"]
-    schedule, z = dynamics.config.schedule, dynamics.normalise(batch.latents.float())
-    b, t = z.shape[:2]
-    index = torch.full((b, t), schedule.ctx_index, device=z.device), torch.full((b, t), schedule.ctx_j, device=z.device)
-    _, h = dynamics(noise_context(z, schedule, generator), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
+    heads = modules["heads"]
+    h, world, metrics = read_agent(modules, batch, generator)
     distances = heads.config.mtp + 1
     intended, chosen = ahead(batch.intended, distances, first=1)   # a_t is chosen at h_t: it leads to frame t + 1
     rewards, arrived = ahead(batch.rewards, distances, first=0)    # r_t arrived with frame t, which h_t has seen
@@ -233,10 +249,8 @@ def agent_loss(modules, batch, generator):
     cloning = -heads.policy.all(h).log_prob(intended)
     reward = heads.reward.loss(h, rewards)
     goes_on = F.binary_cross_entropy_with_logits(heads.continue_logits(h).float(), continues, reduction="none")
-    relevant = batch.relevant[:, None, None]
-    losses = {"cloning": masked_mean(cloning, chosen & relevant), "reward": masked_mean(reward, arrived),
+    losses = {"cloning": masked_mean(cloning, chosen & batch.relevant[:, None, None]), "reward": masked_mean(reward, arrived),
               "continue": masked_mean(goes_on, arrived)}
-    world, metrics = dynamics_loss(modules, batch[~batch.relevant], generator) if (~batch.relevant).any() else ({}, {})
     metrics["cloning_next"] = masked_mean(cloning[..., 0], chosen[:, 0] & batch.relevant[:, None]).detach()
     return losses | world, metrics
 
@@ -278,14 +292,17 @@ class Policy:
 
 # %% ../nbs/12_agent.ipynb #cell-56
 def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainConfig, run_dir, batch: int = 32,
-                length: int = 24, focus: float = 0.7):
+                length: int = 24, focus: float = 0.7, labels: str = "intended"):
     """Phase 2: adds agent tokens to the pretrained `dynamics` and trains both with `fit`; returns (dynamics, heads).
 
     Half of the rows are relevant (expert and medium episodes), half uniform over the LatentStore.
     Cloning weighs 4: divided by its own size it would hardly move the trunk, for most of it is the noise of the labels.
-    UserError if the heads' width or action_dim is not that of the dynamics.
+    `labels`: which actions are cloned, those that the demonstrator "intended" or those that were "executed".
+    UserError for other labels, or if the heads' width or action_dim is not that of the dynamics.
     """
     c = dynamics.config
+    if labels not in ("intended", "executed"):
+        raise UserError(f"labels '{labels}' are not known; choose 'intended' or 'executed'")
     if (config.width, config.action_dim) != (c.transformer.width, c.action_dim):
         raise UserError(f"the agent has width {config.width} and {config.action_dim} action dimensions, the dynamics "
                         f"{c.transformer.width} and {c.action_dim}; give AgentConfig those of the dynamics")
@@ -297,7 +314,8 @@ def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainCo
     good = latents.of_quality("expert", "medium")
     batches = Mixture([(Windows(good, length, batch // 2, train.seed, focus=focus), batch // 2, True),
                        (Windows(latents, length, batch // 2, train.seed + 1), batch // 2, False)])
-    fit("agent", {"dynamics": dynamics, "heads": heads}, agent_loss, batches, train, run_dir,
+    loss = agent_loss if labels == "intended" else lambda modules, batch, generator: agent_loss(modules, replace(batch, intended=batch.actions), generator)
+    fit("agent", {"dynamics": dynamics, "heads": heads}, loss, batches, train, run_dir,
         weights={"cloning": 4.0}, model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)})
     return dynamics.eval(), heads.eval()
 

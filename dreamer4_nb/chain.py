@@ -32,6 +32,7 @@ from .dynamics import DynamicsConfig, load_dynamics, train_dynamics
 from .generation import WorldModel, rollout_report
 from .agent import AgentConfig, Policy, load_agent, train_agent
 from .imagination import ImaginationConfig, load_imagination, train_imagination
+from .scaling import SHAPES
 from .evaluation import (PlannerPolicy, RandomPolicy, Records, beside_dream, closed_loop_rows, compare, curves_figure, dreams,
                                     evaluate_policy, reconstructions, report, steps_figure)
 
@@ -51,8 +52,8 @@ class TokenizerPhase:
     batch: int = 4        # clips in a batch
     length: int = 8       # frames in a clip
     focus: float = 0.7    # share of clips drawn from where the task is not yet solved
-    perceptual: float = 0.2  # weight of the perceptual loss; 0 = none
-    perceptual: float = 0.2  # weight of LPIPS, where its trunk is at hand (notebook 08)
+    perceptual: float = 0.2  # weight of LPIPS, or of what takes its place where its trunk is not at hand (notebook 08); 0 = none
+    settle: float = 0.3   # last share of the steps, in which latents become slow
 
 # %% ../nbs/18_chain.ipynb #cell-14
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class AgentPhase:
     batch: int = 32       # windows in a batch, half of them from expert and medium episodes
     length: int = 24      # frames in a window
     focus: float = 0.7    # share of windows drawn from where the task is not yet solved
+    labels: str = "intended"  # which actions are cloned: what the demonstrator intended, or what was executed
 
 # %% ../nbs/18_chain.ipynb #cell-16
 @dataclass(frozen=True)
@@ -134,21 +136,14 @@ def linked(preset: Preset) -> Preset:
 
 # %% ../nbs/18_chain.ipynb #cell-24
 TINY = Preset(
-    tokenizer=TokenizerPhase(TokenizerConfig(mask_max=0.0, latent_noise=0.05, transformer=TransformerConfig(
-                                 width=128, depth=4, heads=4, kv_heads=4, time_every=4, context=2)),
-                             TrainConfig(steps=7500, lr=1e-3, log_every=100), batch=8, length=2, perceptual=0.0),
-    dynamics=DynamicsPhase(DynamicsConfig(p_context=0.5, transformer=TransformerConfig(
-                               width=128, depth=4, heads=4, kv_heads=2, time_every=2, context=16)),
-                           TrainConfig(steps=2400, lr=1e-3, ema=0.998), batch=16, length=24),
-    agent=AgentPhase(train=TrainConfig(steps=800, lr=1e-3, ema=0.99)),
+    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=7000, lr=1e-3, decay_share=0.4, log_every=100), batch=8, length=2, perceptual=0.0),
+    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2400, lr=1e-3, ema=0.998), batch=8, length=24),
+    agent=AgentPhase(train=TrainConfig(steps=800, lr=1e-3, ema=0.99), batch=16),
     imagination=ImaginationPhase(train=TrainConfig(steps=60, lr=3e-4)),
     evaluation=EvaluationPhase(readouts=("sample",)))
-_wide = TransformerConfig(width=512, depth=8, heads=8, kv_heads=4, time_every=4, context=64)
 SMALL = Preset(
-    tokenizer=TokenizerPhase(TokenizerConfig(n_latents=16, transformer=replace(_wide, width=384, depth=6, time_every=3, context=16)),
-                             TrainConfig(steps=20_000, ema=0.999), batch=16, length=16),
-    dynamics=DynamicsPhase(DynamicsConfig(pack=1, n_registers=4, p_context=0.1, image_rows=0.1, transformer=_wide),
-                           TrainConfig(steps=30_000, ema=0.999), batch=32, length=80),
+    tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16),
+    dynamics=DynamicsPhase(SHAPES["small"].dynamics, TrainConfig(steps=30_000, ema=0.999), batch=32, length=80),
     agent=AgentPhase(AgentConfig(hidden=512), TrainConfig(steps=8_000, ema=0.999), batch=64, length=48),
     imagination=ImaginationPhase(ImaginationConfig(context=16), TrainConfig(steps=2_000), batch=256),
     evaluation=EvaluationPhase(episodes=500, demonstrator=100, dreams=128))

@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BALL_SCORE', 'TokenizerConfig', 'encoder_layout', 'decoder_layout', 'patchify', 'unpatchify', 'grid_embedding',
-           'draw_mask', 'Tokenizer', 'deviation_weight', 'lack_of_spread', 'gradient_difference', 'PerceptualLoss',
-           'tokenizer_loss', 'train_tokenizer', 'load_tokenizer', 'encode_store', 'ball_kernel', 'ball_position',
-           'ball_metrics', 'image_metrics', 'linear_probe', 'encode_episodes', 'tokenizer_report']
+           'draw_mask', 'Tokenizer', 'deviation_weight', 'spread_error', 'change', 'gradient_difference',
+           'PerceptualLoss', 'tokenizer_loss', 'train_tokenizer', 'load_tokenizer', 'encode_store', 'ball_kernel',
+           'ball_position', 'ball_metrics', 'image_metrics', 'linear_probe', 'encode_episodes', 'tokenizer_report']
 
 # %% ../nbs/08_tokenizer.ipynb #cell-2
 import math
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +37,10 @@ class TokenizerConfig:
     d_latent: int = 32
     mask_max: float = 0.9      # per image, drop probability p ~ U(0, mask_max)
     mask_tube: bool = False    # one mask for the whole clip in place of one a frame
-    spread: float = 0.3        # least standard deviation of a latent over a batch: below it the decoder learns to ignore it
+    gain: float = 5.0          # how much more a pixel counts that is far from its own average, in the frame
+    false_alarm: float = 0.1   # the same for such a pixel of the output, as a share of `gain`
+    spread: float = 0.35       # standard deviation over a batch that every latent is held at: lower, it is ignored; higher, tanh saturates
+    slowness: tuple[float, float] = (0.02, 0.5)   # weight of the change of latents from frame to frame, in the first and second part of training
     latent_noise: float = 0.0  # standard deviation of the noise on the latents that the decoder trains with
     transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2, context=16)
 
@@ -46,8 +49,9 @@ class TokenizerConfig:
             raise UserError(f"image size {self.image} is not a multiple of patch {self.patch}; choose a patch that divides it")
         if not 0 <= self.mask_max <= 1:
             raise UserError(f"mask_max is {self.mask_max}; a probability in [0, 1] is needed")
-        if min(self.spread, self.latent_noise) < 0:
-            raise UserError(f"spread {self.spread} and latent_noise {self.latent_noise} are standard deviations; 0 or more is needed")
+        if self.spread <= 0 or min(*self.slowness, self.latent_noise, self.gain, self.false_alarm) < 0:
+            raise UserError(f"spread {self.spread} must be positive; slowness {self.slowness}, latent_noise {self.latent_noise}, gain {self.gain} and false_alarm "
+                            f"{self.false_alarm} must not be negative")
         if self.transformer.width % 4:
             raise UserError(f"width {self.transformer.width} is not a multiple of 4, which the position embedding needs; choose one")
 
@@ -66,8 +70,8 @@ def encoder_layout(config: TokenizerConfig) -> TokenLayout:
 
 def decoder_layout(config: TokenizerConfig) -> TokenLayout:
     "Patch queries see the latents and each other, latents only each other."
-    return TokenLayout(groups=(("latent", config.n_latents), ("patch", config.n_patches)),
-                       sees=(("latent", ("latent",)), ("patch", ("latent", "patch"))))
+    return TokenLayout(groups=(("patch", config.n_patches), ("latent", config.n_latents)),
+                       sees=(("patch", ("latent", "patch")), ("latent", ("latent",))))
 
 # %% ../nbs/08_tokenizer.ipynb #cell-13
 def patchify(frames, patch: int):
@@ -106,15 +110,15 @@ class Tokenizer(nn.Module):
     def __init__(self, config: TokenizerConfig = TokenizerConfig()):
         super().__init__()
         self.config, width = config, config.transformer.width
-        self.encoder = BlockCausalTransformer(config.transformer, encoder_layout(config))
-        self.decoder = BlockCausalTransformer(config.transformer, decoder_layout(config))
+        self.encoder = BlockCausalTransformer(config.transformer, encoder_layout(config), read=("latent",))
+        self.decoder = BlockCausalTransformer(config.transformer, decoder_layout(config), read=("patch",), given=("latent",))
         self.embed_patch = nn.Linear(config.d_patch, width)
         self.to_latent, self.from_latent = nn.Linear(width, config.d_latent), nn.Linear(config.d_latent, width)
         self.to_patch = nn.Linear(width, config.d_patch)
         scale = width ** -0.5
         place = 0.5 * grid_embedding(config.image // config.patch, width)
         self.encoder_tokens = nn.Parameter(torch.cat([torch.randn(config.n_latents, width) * scale, place]))
-        self.decoder_tokens = nn.Parameter(torch.cat([torch.randn(config.n_latents, width) * scale, place]))
+        self.decoder_tokens = nn.Parameter(torch.cat([place, torch.randn(config.n_latents, width) * scale]))
         self.mask_token = nn.Parameter(torch.randn(width) * scale)
         nn.init.zeros_(self.to_patch.weight)
         nn.init.zeros_(self.to_patch.bias)
@@ -144,14 +148,14 @@ class Tokenizer(nn.Module):
             check_shape("mask", mask, "b t s", b=len(frames), t=frames.shape[1], s=c.n_patches)
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = F.pad(patches, (0, 0, c.n_latents, 0)) + self.encoder_tokens
-        return torch.tanh(self.to_latent(self.encoder(tokens, cache)[:, :, :c.n_latents]).float())
+        return torch.tanh(self.to_latent(self.encoder(tokens, cache)).float())
 
     def decode(self, latents, cache=None):
         "Frames (b, t, c, h, w), about [0, 1], of latents (b, t, n_latents, d_latent); `cache` is the decoder's."
         c = self.config
         check_shape("latents", latents, "b t n d", n=c.n_latents, d=c.d_latent)
-        tokens = F.pad(self.from_latent(latents), (0, 0, 0, c.n_patches)) + self.decoder_tokens
-        patches = self.to_patch(self.decoder(tokens, cache)[:, :, c.n_latents:])
+        tokens = F.pad(self.from_latent(latents), (0, 0, c.n_patches, 0)) + self.decoder_tokens
+        patches = self.to_patch(self.decoder(tokens, cache))
         return self.mean_frame + unpatchify(patches.float(), c.patch, c.image) / 4
 
     def forward(self, frames, generator=None):
@@ -167,16 +171,22 @@ class Tokenizer(nn.Module):
         return self.decode(noised), latents
 
 # %% ../nbs/08_tokenizer.ipynb #cell-39
-def deviation_weight(frames, mean_frame, std_frame, gain: float = 2.0, cap: float = 10.0):
+def deviation_weight(frames, mean_frame, std_frame, gain: float = 5.0, cap: float = 10.0):
     "1 + gain·min(|x − mean|/(σ + 0.03), cap): pixels that differ from their own average count more."
     return 1 + gain * ((frames - mean_frame).abs() / (std_frame + 0.03)).clamp(max=cap)
 
 # %% ../nbs/08_tokenizer.ipynb #cell-42
-def lack_of_spread(latents, least: float):
-    "Mean over channels of how far the standard deviation over a batch (b, t, n, d) stays below `least`."
-    return (least - latents.float().flatten(0, 1).std(0)).clamp(min=0).mean()
+def spread_error(latents, target: float):
+    "Mean over channels of the distance between the standard deviation over a batch (b, t, n, d) and `target`."
+    return (latents.float().flatten(0, 1).std(0) - target).abs().mean()
 
-# %% ../nbs/08_tokenizer.ipynb #cell-47
+# %% ../nbs/08_tokenizer.ipynb #cell-44
+def change(latents):
+    "Mean square of z_t − z_(t−1) over twice the variance, of latents (b, t, n, d): 0 for stills, about 1 for frames without relation."
+    z = latents.float()
+    return (z[:, 1:] - z[:, :-1]).square().mean() / (2 * z.flatten(0, 1).var(0).mean() + 1e-6) if z.shape[1] > 1 else z.new_zeros(())
+
+# %% ../nbs/08_tokenizer.ipynb #cell-53
 def gradient_difference(recon, frames, scales: int = 2):
     "Mean squared difference of the two images' finite differences, at full size and `scales − 1` halvings; images (n, c, h, w)."
     x, total = recon - frames, 0.0
@@ -185,7 +195,7 @@ def gradient_difference(recon, frames, scales: int = 2):
         total = total + x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean()
     return total / (2 * scales)
 
-# %% ../nbs/08_tokenizer.ipynb #cell-48
+# %% ../nbs/08_tokenizer.ipynb #cell-54
 class PerceptualLoss:
     """LPIPS (the `lpips` package, AlexNet) where its trunk is on this machine, else image-gradient differences.
 
@@ -220,40 +230,44 @@ class PerceptualLoss:
             return gradient_difference(recon.float(), frames.float())
         return self.net.to(recon.device)(recon, frames, normalize=True).mean()
 
-# %% ../nbs/08_tokenizer.ipynb #cell-52
-def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8):
+# %% ../nbs/08_tokenizer.ipynb #cell-58
+def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0):
     """Loss terms of one batch for `fit` (paper, section 3.1): the weighted squared error over all patches, masked or not,
-    and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB."""
-    tokenizer = modules["tokenizer"]
-    recon, latents = tokenizer(batch.frames, generator)
-    error = (recon - batch.frames) ** 2
-    squared = (deviation_weight(batch.frames, tokenizer.mean_frame, tokenizer.std_frame) * error).mean()
-    spread = lack_of_spread(latents, tokenizer.config.spread)
-    losses = {"mse": squared + 3 * spread * squared.detach()}   # in units of the squared error, whatever its scale
+    and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB.
+    `part` of the training, 0 or 1, says how much `slowness` counts."""
+    tokenizer, frames = modules["tokenizer"], batch.frames
+    c, statistics = tokenizer.config, (tokenizer.mean_frame, tokenizer.std_frame)
+    recon, latents = tokenizer(frames, generator)
+    error = (recon - frames) ** 2
+    weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
+    squared = (weight * error).mean()
+    shape = 3 * spread_error(latents, c.spread) + c.slowness[part] * change(latents)
+    losses = {"mse": squared + shape * squared.detach()}       # in units of the squared error, whatever its scale
     if perceptual is not None:
         n = error.shape[0] * error.shape[1]
         rows = torch.randperm(n, generator=generator, device=generator.device)[:n_perceptual].to(error.device)
-        losses["perceptual"] = perceptual(recon.flatten(0, 1)[rows], batch.frames.flatten(0, 1)[rows])
+        losses["perceptual"] = perceptual(recon.flatten(0, 1)[rows], frames.flatten(0, 1)[rows])
     return losses, {"psnr": -10 * torch.log10(error.detach().mean())}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-53
+# %% ../nbs/08_tokenizer.ipynb #cell-59
 def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir, batch: int = 4, length: int = 8,
-                    focus: float = 0.7, perceptual: float = 0.2):
+                    focus: float = 0.7, perceptual: float = 0.2, settle: float = 0.3):
     """Phase 1a: trains a tokenizer on the EpisodeStore with `fit`, batches of `batch` clips of `length` frames.
 
     `focus` is the share of clips drawn from before the first reward, `perceptual` the weight of the perceptual term (0: none).
+    The last `settle` of the steps are a second training, saved apart, in which latents become slow (`config.slowness`).
     """
     seed_everything(train.seed)
     tokenizer = Tokenizer(config)
     windows = Windows(store, length, batch, train.seed, focus=focus)
     tokenizer.set_statistics(torch.cat([windows(-1 - k).frames.flatten(0, 1) for k in range(32)]))
-    loss = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None)
-    fit("tokenizer", {"tokenizer": tokenizer}, loss, windows, train, run_dir,
-        weights={"mse": 1.0, "perceptual": perceptual} if perceptual else {"mse": 1.0},
-        model_config={"tokenizer": to_dict(config)})
+    loss, last = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None), round(settle * train.steps)
+    for part, (name, steps) in enumerate((("tokenizer.draft", train.steps - last), ("tokenizer", last))):
+        fit(name, {"tokenizer": tokenizer}, partial(loss, part=part), windows, replace(train, steps=steps), run_dir,
+            weights={"mse": 1.0, "perceptual": perceptual} if perceptual else {"mse": 1.0}, model_config={"tokenizer": to_dict(config)})
     return tokenizer.eval()
 
-# %% ../nbs/08_tokenizer.ipynb #cell-54
+# %% ../nbs/08_tokenizer.ipynb #cell-60
 def load_tokenizer(path=None) -> Tokenizer:
     "The tokenizer in a checkpoint made by `fit`, or the one that ships. UserError: missing, cut short or another model's."
     path = asset("tiny_tokenizer.safetensors") if path is None else path
@@ -270,7 +284,7 @@ def encode_store(store, tokenizer: Tokenizer, path):
     "Encodes every episode once, as one causal stream; returns the LatentStore at `path`."
     return LatentStore.encode(store, tokenizer.encode, path)
 
-# %% ../nbs/08_tokenizer.ipynb #cell-57
+# %% ../nbs/08_tokenizer.ipynb #cell-63
 BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)
 
 
@@ -326,7 +340,7 @@ def ball_metrics(frames, pixels, near: float = 3.0) -> dict[str, float]:
     return {"visible": visible.float().mean().item(), "error_median": error.median().item(),
             "error_mean": error.mean().item(), "n": len(error)}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-61
+# %% ../nbs/08_tokenizer.ipynb #cell-67
 def image_metrics(recon, frames, perceptual: PerceptualLoss | None = None) -> dict[str, float]:
     "PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS of (n, c, h, w) in [0, 1]."
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -351,7 +365,7 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge: float = 1e-2) -> dict[
     return {"r2": 1 - (residual.square().sum() / (test_y - test_y.mean(0)).double().square().sum()).item(),
             "error": residual.norm(dim=1).mean().item(), "floor_error": floor.norm(dim=1).mean().item()}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-63
+# %% ../nbs/08_tokenizer.ipynb #cell-69
 @torch.no_grad()
 def encode_episodes(tokenizer, store, frames: int, seed: int):
     "Whole random episodes, at least `frames` frames of them: frames, reconstructions, latents (n, ...) and ball pixels or None."

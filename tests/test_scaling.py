@@ -1,0 +1,244 @@
+"Shapes, counts and the benchmark's bookkeeping. No test asserts a speed."
+import itertools, json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot as plt
+
+from dreamer4_nb import scaling
+from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.core import UserError
+from dreamer4_nb.dynamics import DynamicsConfig
+from dreamer4_nb.evaluation import text_table
+from dreamer4_nb.scaling import (LOSSES, SHAPES, Shape, Timing, bench, bench_table, build, costs, count_flops, count_parameters, exponent, growth,
+                                 ladder_factors, ladder_figure, ladder_table, matmul_peak, measure, pick_shape, random_batches, saved_bytes,
+                                 training_step)
+from dreamer4_nb.tokenizer import TokenizerConfig
+from dreamer4_nb.training import TrainConfig
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
+MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
+              batch=4, length=6, context=2, generated=2)
+KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps", "generate_fps", "frame_ms", "frame_decoded_ms", "peak_gflops_fp32",
+        "peak_gflops_bf16", "tokenizer_train_share", "dynamics_train_share", "peak_memory_mb", "versions", "spread", "calls", "gflops", "parameters",
+        "shape", "dtype", "compile", "seconds", "device", "cpu", "threads", "date"}
+
+
+@pytest.fixture(scope="module")
+def result():
+    return bench(MICRO, seconds=0.05, device="cpu", dtype="float32")
+
+
+# Shapes
+
+def test_peers_is_the_shape_of_the_table():
+    s = SHAPES["peers"]
+    t, d = s.tokenizer, s.dynamics
+    assert (t.image, t.patch, t.n_latents, t.d_latent, t.mask_max) == (64, 8, 32, 128, 0.9)
+    assert (d.n_latents, d.d_latent, d.pack, d.n_tokens, d.bootstrap_share) == (32, 128, 1, 32, 0.25)
+    assert (d.schedule.k_max, d.schedule.steps) == (64, 4)
+    for c in (t.transformer, d.transformer):
+        assert (c.width, c.depth, c.heads, c.head_dim, c.time_every) == (256, 4, 4, 64, 4)
+    assert d.transformer.kv_heads == 2 and d.transformer.context == 17            # one more frame sees 16 before it
+    assert (s.batch, s.length, s.context, s.generated) == (4, 16, 4, 12) and s.tokenizer_clips == (4, 16)
+
+
+def test_paper_has_the_papers_sizes():
+    s = SHAPES["paper"]
+    tokenizer, dynamics = (count_parameters(m) for m in build(s, META))
+    assert abs(tokenizer / 400e6 - 1) < 0.05 and abs(dynamics / 1.6e9 - 1) < 0.05
+    assert (s.dynamics.n_tokens, s.dynamics.d_token, s.dynamics.transformer.context) == (256, 32, 192)
+
+
+def layer_parameters(c):
+    attention = c.width * (c.heads + 2 * c.kv_heads) * c.head_dim + (c.heads + c.kv_heads) * c.head_dim + c.width ** 2
+    return attention + 3 * c.width * c.hidden + 2 * c.width
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_parameters_on_the_meta_device(name):
+    tokenizer, dynamics = build(SHAPES[name], META)
+    assert all(x.is_meta for module in (tokenizer, dynamics) for x in itertools.chain(module.parameters(), module.buffers()))
+    for part in (tokenizer.encoder, tokenizer.decoder, dynamics.transformer):
+        assert count_parameters(part) == part.config.depth * layer_parameters(part.config) + part.config.width
+
+
+def test_meta_models_have_the_parameters_of_real_ones():
+    for bare, real in zip(build(MICRO, META), build(MICRO, CPU)):
+        assert {k: p.shape for k, p in bare.named_parameters()} == {k: p.shape for k, p in real.named_parameters()}
+
+
+def test_shapes_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="make them equal"):
+        replace(MICRO, dynamics=replace(MICRO.dynamics, n_latents=8))
+    with pytest.raises(UserError, match="1 or more"):
+        replace(MICRO, length=0)
+    with pytest.raises(UserError, match="choose one of peers, tiny, small, base, paper"):
+        pick_shape("huge")
+    assert pick_shape("tiny") is SHAPES["tiny"] and pick_shape(MICRO) is MICRO
+
+
+# FLOPs and memory
+
+def counted(shape, name):
+    module = dict(zip(LOSSES, build(shape, CPU)))[name]
+    return count_flops(training_step(name, module, random_batches(shape, CPU)[name], TrainConfig(), CPU, torch.float32))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
+def test_flops_of_a_dynamics_step_are_those_on_paper(share):
+    "Every linear layer and both attention products, three times; the teacher's two forwards on its rows."
+    c = replace(MICRO.dynamics, n_latents=24, bootstrap_share=share)
+    s = replace(MICRO, tokenizer=replace(MICRO.tokenizer, n_latents=24), dynamics=c)
+    w, tokens, t = THIN.width, 24 + c.n_registers + 2, s.length
+    asked, asking = w * 2 * 16, w * 2 * 16 + w * w + 3 * w * THIN.hidden    # two heads, one for keys and values; 16 channels each
+    inside = 2 * tokens * (asked + asking) + 4 * w * tokens * tokens        # layers 0 and 1
+    last_look = 2 * (tokens * asked + 24 * asking) + 4 * w * 24 * tokens    # layer 2: only the latents ask
+    along = 24 * (2 * (asked + asking) + 4 * w * t)                         # layer 3: only the latents are worked on
+    expected = (3 + 2 * share) * (2 * inside + last_look + along + 4 * 24 * 8 * w) * s.batch * t
+    assert counted(s, "dynamics") == pytest.approx(expected, rel=0.05)
+    assert costs(s)["dynamics"]["step_gflops"] * 1e9 == pytest.approx(expected, rel=0.01)
+
+
+def test_tokenizer_step_needs_no_more_than_on_paper():
+    assert 0.97 < counted(MICRO, "tokenizer") / (costs(MICRO)["tokenizer"]["step_gflops"] * 1e9) < 1.03
+
+
+def test_costs_of_state_and_cache():
+    row = costs(MICRO)["dynamics"]
+    assert row["state_mb"] == 16 * row["parameters"] / 1e6
+    assert row["cache_mb"] == 2 * 2 * 1 * 4 * 1 * 5 * 16 / 1e6                   # keys and values, 2 bytes, one time layer, the latents' tracks
+
+
+def test_saved_bytes_counts_a_storage_once_and_no_weights():
+    layer, x = torch.nn.Linear(5, 4, bias=False), torch.randn(3, 5)
+    assert saved_bytes(lambda: layer(x) + layer(x), layer) == 4 * 3 * 5
+
+
+# Timing
+
+class FakeTime:
+    "A clock that only moves when `work` is called."
+    def __init__(self, durations):
+        self.now, self.durations, self.calls = 0.0, iter(durations), 0
+
+    def clock(self):
+        return self.now
+
+    def work(self):
+        self.now, self.calls = self.now + next(self.durations), self.calls + 1
+
+
+def test_measure_takes_median_and_quartiles_without_warmup():
+    fake = FakeTime([9.0, 9.0, 1.0, 2.0, 3.0, 4.0, 100.0])
+    timing = measure(fake.work, seconds=50, warmup=2, clock=fake.clock)
+    assert (timing.low, timing.median, timing.high, timing.calls) == (2.0, 3.0, 4.0, 5) and fake.calls == 7
+
+
+def test_measure_calls_three_times_at_least():
+    fake = FakeTime(itertools.repeat(10.0))
+    assert measure(fake.work, seconds=0, warmup=0, clock=fake.clock).calls == 3
+
+
+def test_rates_turn_quartiles_round():
+    assert Timing(2.0, 1.0, 4.0, 5).rate(8) == (4.0, [2.0, 8.0])
+
+
+def test_matmul_peak_is_a_rate():
+    assert matmul_peak(torch.float32, CPU, seconds=0.0, n=32) > 0
+
+
+# The benchmark
+
+def test_bench_has_all_keys_and_fits_json(result):
+    assert result.keys() == KEYS
+    assert json.loads(json.dumps(result)) == result
+    assert set(result["spread"]) == {k for k in KEYS if k.endswith(("_fps", "_ms"))}
+    for key, (low, high) in result["spread"].items():
+        assert 0 < low <= result[key] <= high
+    assert result["versions"].keys() == {"python", "torch", "dreamer4_nb"} and min(result["calls"].values()) >= 3
+    assert result["parameters"] == {name: count_parameters(m) for name, m in zip(LOSSES, build(MICRO, CPU))}
+
+
+def test_share_is_work_over_time_over_peak(result):
+    seconds = MICRO.batch * MICRO.length / result["dynamics_train_fps"]
+    assert result["dynamics_train_share"] == pytest.approx(result["gflops"]["dynamics_train"] / seconds / result["peak_gflops_fp32"])
+
+
+def test_bfloat16_is_measured_against_its_own_peak(monkeypatch):
+    monkeypatch.setattr(scaling, "matmul_peak", lambda dtype, device, seconds: {torch.float32: 100.0, torch.bfloat16: 1000.0}[dtype])
+    r = bench(MICRO, seconds=0.0, device="cpu", dtype="bfloat16")
+    seconds = MICRO.batch * MICRO.length / r["tokenizer_train_fps"]
+    assert r["dtype"] == "bfloat16" and r["tokenizer_train_share"] == pytest.approx(r["gflops"]["tokenizer_train"] / seconds / 1000)
+
+
+@pytest.mark.parametrize("name", ["base", "paper"])
+def test_too_large_for_a_cpu_is_said_at_once(name):
+    with pytest.raises(UserError, match="use a CUDA device, or a smaller shape"):
+        bench(name, device="cpu")
+
+
+@pytest.mark.parametrize("wrong", [dict(shape="huge"), dict(shape=MICRO, dtype="float8"), dict(shape=MICRO, device="abacus")])
+def test_what_a_user_may_get_wrong(wrong):
+    with pytest.raises(UserError):
+        bench(**wrong)
+
+
+def test_table_has_a_column_a_result(result):
+    rows = bench_table([result, result | {"dtype": "bfloat16"}, result])
+    assert all(len(row) == 4 for row in rows) and "one more frame, ms" in text_table(rows)
+
+
+def test_stream_has_a_full_cache():
+    "One more frame at batch 1 sees context - 1 frames, before and after it."
+    tokenizer, dynamics = build(MICRO, CPU)
+    world, seen = scaling.WorldModel(tokenizer, dynamics).eval(), []
+    dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["cache"].past), with_kwargs=True)
+    latents, actions = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2)
+    with torch.no_grad():
+        calls = scaling._stream(MICRO, world, latents, actions, CPU)
+        seen.clear()
+        for call in (calls["frame"], calls["frame"], calls["frame_decoded"]):
+            call()
+    assert seen and set(seen) == {THIN.context - 1}
+
+
+# Growth and the ladder
+
+def test_exponent_of_a_power():
+    n = np.array([1, 2, 4, 8])
+    assert exponent(n, 5 * n ** 1.5) == pytest.approx(1.5)
+
+
+@pytest.mark.parametrize("axis,values,slope", [("context", (8, 32), 1.0), ("tokens", (8, 32), 0.9), ("width", (32, 128), 1.7), ("batch", (4, 16), 1.0)])
+def test_flops_grow_as_expected(axis, values, slope):
+    rows = growth(axis, values, MICRO.dynamics, seconds=0, device="cpu", dtype="float32")
+    assert [r["value"] for r in rows] == list(values) and rows[0].keys() == {"value", "ms", "low", "high", "gflops", "saved_mb"}
+    assert exponent(values, [r["gflops"] for r in rows]) == pytest.approx(slope, abs=0.25)
+    assert rows[1]["saved_mb"] > rows[0]["saved_mb"]
+
+
+def test_growth_along_an_unknown_axis():
+    with pytest.raises(UserError, match="context, tokens, width, batch"):
+        growth("height", (1, 2))
+
+
+STEPS = [{"what": "start", "measured": {"tokenizer_train_fps": 10, "frame_ms": 8}},
+         {"what": "elsewhere", "predicted": 1.1, "measured": {"frame_ms": 10}, "note": "slower"},
+         {"what": "change", "predicted": {"frame_ms": 1.5}, "measured": {"tokenizer_train_fps": 20, "frame_ms": 5, "dynamics_train_fps": 3}}]
+
+
+def test_ladder_factors_are_of_speed():
+    assert [(f["what"], f["key"], f["predicted"], f["measured"]) for f in ladder_factors(STEPS)] == [
+        ("elsewhere", "frame_ms", 1.1, 0.8), ("change", "tokenizer_train_fps", None, 2.0), ("change", "frame_ms", 1.5, 2.0)]
+
+
+@pytest.mark.parametrize("steps", [STEPS, STEPS[:1]])
+def test_ladder_can_be_drawn_and_printed(steps):
+    figure = ladder_figure(steps)
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [s["what"] for s in steps[1:]]
+    assert "start" in text_table(ladder_table(steps))
+    plt.close(figure)
