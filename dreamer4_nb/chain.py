@@ -136,9 +136,9 @@ def linked(preset: Preset) -> Preset:
 
 # %% ../nbs/18_chain.ipynb #cell-24
 TINY = Preset(
-    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=7000, lr=1e-3, decay_share=0.4, log_every=100), batch=8, length=2, perceptual=0.0),
-    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2400, lr=1e-3, ema=0.998), batch=8, length=24),
-    agent=AgentPhase(train=TrainConfig(steps=800, lr=1e-3, ema=0.99), batch=16),
+    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=7000, lr=1e-3, decay_share=0.4, log_every=100), batch=5, length=3, perceptual=0.0),
+    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2000, lr=1e-3, ema=0.998), batch=8, length=24),
+    agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, ema=0.99), batch=16),
     imagination=ImaginationPhase(train=TrainConfig(steps=60, lr=3e-4)),
     evaluation=EvaluationPhase(readouts=("sample",)))
 SMALL = Preset(

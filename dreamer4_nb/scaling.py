@@ -134,9 +134,9 @@ SHAPES = {
     "tiny": Shape(
         TokenizerConfig(mask_max=0.0, false_alarm=0.1, latent_noise=0.05, transformer=_blocks(128, 2, 4, 4, 2, time_every=2)),
         DynamicsConfig(pack=4, n_registers=0, committed=True, transformer=_blocks(128, 4, 4, 2, 16, time_every=2)),
-        batch=8, length=24, context=8, generated=16, about="the whole chain on a two-core CPU in minutes", clips=(8, 2)),
+        batch=8, length=24, context=8, generated=16, about="the whole chain on a two-core CPU in minutes", clips=(5, 3)),
     "small": Shape(
-        TokenizerConfig(n_latents=16, transformer=_blocks(384, 6, 8, 4, 16, time_every=3)),
+        TokenizerConfig(n_latents=16, transformer=_blocks(384, 6, 8, 4, 8, time_every=3)),
         DynamicsConfig(n_latents=16, pack=1, n_registers=4, p_context=0.1, image_rows=0.1, transformer=_blocks(512, 8, 8, 4, 64)),
         batch=32, length=80, context=16, generated=16, about="one GPU, about an hour", clips=(16, 16)),
     "base": Shape(

@@ -241,7 +241,8 @@ def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None 
     error = (recon - frames) ** 2
     weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
     squared = (weight * error).mean()
-    shape = 3 * spread_error(latents, c.spread) + c.slowness[part] * change(latents)
+    settled = latents[:, min(c.transformer.context, latents.shape[1]) - 1:]     # frames with a past as long as in use
+    shape = 3 * spread_error(latents, c.spread) + c.slowness[part] * change(settled)
     losses = {"mse": squared + shape * squared.detach()}       # in units of the squared error, whatever its scale
     if perceptual is not None:
         n = error.shape[0] * error.shape[1]
