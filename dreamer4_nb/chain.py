@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TINY', 'SMALL', 'MICRO', 'PRESETS', 'MINUTES', 'ORDER', 'PARTS', 'differences', 'TokenizerPhase', 'DynamicsPhase',
            'AgentPhase', 'ImaginationPhase', 'EvaluationPhase', 'Preset', 'dictated', 'linked', 'cores', 'say', 'Run',
-           'policies', 'closed_loop', 'figures', 'machine', 'measured', 'finish']
+           'policies', 'closed_loop', 'figures', 'machine', 'measured', 'finish', 'ship']
 
 # %% ../nbs/18_chain.ipynb #cell-3
 import json
@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from datetime import date
 from functools import cached_property
 from pathlib import Path
 
@@ -22,7 +23,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from .core import UserError, image_grid, pick_device, pick_dtype, save_video, to_dict, write_json
+from .core import UserError, image_grid, load_checkpoint, pick_device, pick_dtype, save_checkpoint, save_video, to_dict, write_json
 from .blocks import TransformerConfig
 from .envs import task_info
 from .data import EpisodeStore, LatentStore, load_demonstrations
@@ -53,7 +54,7 @@ class TokenizerPhase:
     length: int = 8       # frames in a clip
     focus: float = 0.7    # share of clips drawn from where the task is not yet solved
     perceptual: float = 0.2  # weight of LPIPS, or of what takes its place where its trunk is not at hand (notebook 08); 0 = none
-    settle: float = 0.3   # last share of the steps, in which latents become slow
+    settle: int = 2000    # steps after those of `train`, in which latents become slow
 
 # %% ../nbs/18_chain.ipynb #cell-14
 @dataclass(frozen=True)
@@ -136,13 +137,14 @@ def linked(preset: Preset) -> Preset:
 
 # %% ../nbs/18_chain.ipynb #cell-24
 TINY = Preset(
-    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=7000, lr=1e-3, decay_share=0.4, log_every=100), batch=5, length=3, perceptual=0.0),
-    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2000, lr=1e-3, ema=0.998), batch=8, length=24),
-    agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, ema=0.99), batch=16),
+    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=5000, lr=1e-3, decay_share=0.4, log_every=100), batch=8, length=2, perceptual=0.0,
+                             settle=1800),
+    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=1500, lr=1e-3, ema=0.998), batch=8, length=24),
+    agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, ema=0.99), batch=24),
     imagination=ImaginationPhase(train=TrainConfig(steps=60, lr=3e-4)),
     evaluation=EvaluationPhase(readouts=("sample",)))
 SMALL = Preset(
-    tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16),
+    tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16, settle=8000),
     dynamics=DynamicsPhase(SHAPES["small"].dynamics, TrainConfig(steps=30_000, ema=0.999), batch=32, length=80),
     agent=AgentPhase(AgentConfig(hidden=512), TrainConfig(steps=8_000, ema=0.999), batch=64, length=48),
     imagination=ImaginationPhase(ImaginationConfig(context=16), TrainConfig(steps=2_000), batch=256),
@@ -151,7 +153,7 @@ _thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, 
 _short = TrainConfig(steps=4, warmup=1, log_every=1, save_every=2)
 MICRO = Preset(
     episodes=12, held_out=0.25,
-    tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8, transformer=_thin), _short, batch=2, length=4),
+    tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8, transformer=_thin), _short, batch=2, length=4, settle=3),
     dynamics=DynamicsPhase(DynamicsConfig(transformer=_thin), _short, batch=4, length=12),
     agent=AgentPhase(AgentConfig(hidden=32), _short, batch=4, length=12),
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
@@ -400,8 +402,22 @@ def finish(run: Run) -> Path:
         records = closed_loop(run)
         captions = figures(run, results["dream"])
     by_name = {r.policy: r for r in records}
-    results |= {"task": run.preset.task, "machine": machine(), "captions": captions, "closed_loop": closed_loop_rows(records),
+    results |= {"task": run.preset.task, "date": date.today().isoformat(), "preset": to_dict(run.preset), "machine": machine(), "captions": captions, "closed_loop": closed_loop_rows(records),
                 "pmpo_minus_cloning": [compare(by_name[f"PMPO, {r}"], by_name[f"cloning, {r}"]) for r in p.readouts],
                 "phases": {k: {"seconds": v["seconds"], "order": (*ORDER, "evaluation").index(k)} for k, v in run.phases.items()}}
     write_json(run.folder / "results.json", results)
     return report(run.folder)
+
+# %% ../nbs/18_chain.ipynb #cell-51
+def ship(folder: Path, assets: Path, results: Path) -> list[Path]:
+    "Writes a finished run's weights as assets/tiny_*.safetensors, in float16, and its results.json as `results`. UserError if it is not finished."
+    folder, written = Path(folder), []
+    if not (folder / "results.json").exists():
+        raise UserError(f"{folder} holds no results.json; finish the run first: dreamer4 demo --run {folder}")
+    for name in ("tokenizer", "dynamics", "agent", "imagination"):
+        state, config = load_checkpoint(folder / f"{name}.safetensors")
+        state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
+        written.append(Path(assets) / f"tiny_{name}.safetensors")
+        save_checkpoint(written[-1], state, config)
+    write_json(Path(results), json.loads((folder / "results.json").read_text()))
+    return written + [Path(results)]

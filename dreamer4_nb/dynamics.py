@@ -169,7 +169,7 @@ def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
         segments = torch.where(cut, frame // config.short, segments)
     return torch.where(images, frame, segments), images
 
-# %% ../nbs/09_dynamics.ipynb #cell-31
+# %% ../nbs/09_dynamics.ipynb #cell-35
 def video_loss(model: Dynamics, batch, generator, agent=None):
     """Shortcut forcing on a batch of latents (paper, section 3.2): (loss, metrics, h).
 
@@ -202,7 +202,7 @@ def dynamics_loss(modules, batch, generator):
     loss, metrics, _ = video_loss(modules["dynamics"], batch, generator)
     return {"dynamics": loss}, metrics
 
-# %% ../nbs/09_dynamics.ipynb #cell-45
+# %% ../nbs/09_dynamics.ipynb #cell-49
 def train_dynamics(latents, config: DynamicsConfig, train: TrainConfig, run_dir, batch: int = 16, length: int = 32,
                    focus: float = 0.7) -> Dynamics:
     "Phase 1b: trains the dynamics alone on a LatentStore with `fit`, batches of `batch` windows of `length` frames."

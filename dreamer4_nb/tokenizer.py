@@ -186,7 +186,7 @@ def change(latents):
     z = latents.float()
     return (z[:, 1:] - z[:, :-1]).square().mean() / (2 * z.flatten(0, 1).var(0).mean() + 1e-6) if z.shape[1] > 1 else z.new_zeros(())
 
-# %% ../nbs/08_tokenizer.ipynb #cell-53
+# %% ../nbs/08_tokenizer.ipynb #cell-52
 def gradient_difference(recon, frames, scales: int = 2):
     "Mean squared difference of the two images' finite differences, at full size and `scales − 1` halvings; images (n, c, h, w)."
     x, total = recon - frames, 0.0
@@ -195,7 +195,7 @@ def gradient_difference(recon, frames, scales: int = 2):
         total = total + x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean()
     return total / (2 * scales)
 
-# %% ../nbs/08_tokenizer.ipynb #cell-54
+# %% ../nbs/08_tokenizer.ipynb #cell-53
 class PerceptualLoss:
     """LPIPS (the `lpips` package, AlexNet) where its trunk is on this machine, else image-gradient differences.
 
@@ -230,7 +230,7 @@ class PerceptualLoss:
             return gradient_difference(recon.float(), frames.float())
         return self.net.to(recon.device)(recon, frames, normalize=True).mean()
 
-# %% ../nbs/08_tokenizer.ipynb #cell-58
+# %% ../nbs/08_tokenizer.ipynb #cell-57
 def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0):
     """Loss terms of one batch for `fit` (paper, section 3.1): the weighted squared error over all patches, masked or not,
     and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB.
@@ -250,25 +250,27 @@ def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None 
         losses["perceptual"] = perceptual(recon.flatten(0, 1)[rows], frames.flatten(0, 1)[rows])
     return losses, {"psnr": -10 * torch.log10(error.detach().mean())}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-59
+# %% ../nbs/08_tokenizer.ipynb #cell-58
 def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir, batch: int = 4, length: int = 8,
-                    focus: float = 0.7, perceptual: float = 0.2, settle: float = 0.3):
+                    focus: float = 0.7, perceptual: float = 0.2, settle: int = 2000):
     """Phase 1a: trains a tokenizer on the EpisodeStore with `fit`, batches of `batch` clips of `length` frames.
 
     `focus` is the share of clips drawn from before the first reward, `perceptual` the weight of the perceptual term (0: none).
-    The last `settle` of the steps are a second training, saved apart, in which latents become slow (`config.slowness`).
+    After it come `settle` steps in which latents become slow (`config.slowness`), on as many frames in longer clips, saved apart:
+    to find small things many unrelated frames are best, to compare neighbours they must have a full past.
     """
     seed_everything(train.seed)
     tokenizer = Tokenizer(config)
     windows = Windows(store, length, batch, train.seed, focus=focus)
     tokenizer.set_statistics(torch.cat([windows(-1 - k).frames.flatten(0, 1) for k in range(32)]))
-    loss, last = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None), round(settle * train.steps)
-    for part, (name, steps) in enumerate((("tokenizer.draft", train.steps - last), ("tokenizer", last))):
-        fit(name, {"tokenizer": tokenizer}, partial(loss, part=part), windows, replace(train, steps=steps), run_dir,
+    loss, long = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None), config.transformer.context + 1
+    slow_windows = Windows(store, long, max(1, batch * length // long), train.seed + 1, focus=focus)
+    for part, (name, steps, batches) in enumerate((("tokenizer.draft", train.steps, windows), ("tokenizer", settle, slow_windows))):
+        fit(name, {"tokenizer": tokenizer}, partial(loss, part=part), batches, replace(train, steps=steps), run_dir,
             weights={"mse": 1.0, "perceptual": perceptual} if perceptual else {"mse": 1.0}, model_config={"tokenizer": to_dict(config)})
     return tokenizer.eval()
 
-# %% ../nbs/08_tokenizer.ipynb #cell-60
+# %% ../nbs/08_tokenizer.ipynb #cell-59
 def load_tokenizer(path=None) -> Tokenizer:
     "The tokenizer in a checkpoint made by `fit`, or the one that ships. UserError: missing, cut short or another model's."
     path = asset("tiny_tokenizer.safetensors") if path is None else path
@@ -285,7 +287,7 @@ def encode_store(store, tokenizer: Tokenizer, path):
     "Encodes every episode once, as one causal stream; returns the LatentStore at `path`."
     return LatentStore.encode(store, tokenizer.encode, path)
 
-# %% ../nbs/08_tokenizer.ipynb #cell-63
+# %% ../nbs/08_tokenizer.ipynb #cell-62
 BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)
 
 
@@ -341,7 +343,7 @@ def ball_metrics(frames, pixels, near: float = 3.0) -> dict[str, float]:
     return {"visible": visible.float().mean().item(), "error_median": error.median().item(),
             "error_mean": error.mean().item(), "n": len(error)}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-67
+# %% ../nbs/08_tokenizer.ipynb #cell-66
 def image_metrics(recon, frames, perceptual: PerceptualLoss | None = None) -> dict[str, float]:
     "PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS of (n, c, h, w) in [0, 1]."
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -366,7 +368,7 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge: float = 1e-2) -> dict[
     return {"r2": 1 - (residual.square().sum() / (test_y - test_y.mean(0)).double().square().sum()).item(),
             "error": residual.norm(dim=1).mean().item(), "floor_error": floor.norm(dim=1).mean().item()}
 
-# %% ../nbs/08_tokenizer.ipynb #cell-69
+# %% ../nbs/08_tokenizer.ipynb #cell-68
 @torch.no_grad()
 def encode_episodes(tokenizer, store, frames: int, seed: int):
     "Whole random episodes, at least `frames` frames of them: frames, reconstructions, latents (n, ...) and ball pixels or None."

@@ -8,9 +8,13 @@ import sys
 import time
 
 import pytest
+import torch
 
+from dreamer4_nb.agent import load_agent
+from dreamer4_nb.chain import ship
 from dreamer4_nb.cli import PRESETS, main, parse
 from dreamer4_nb.core import asset, UserError
+from dreamer4_nb.tokenizer import load_tokenizer
 
 
 def one_line(capsys, *words):
@@ -44,7 +48,7 @@ def finished(tmp_path_factory, data):
 def test_help():
     found = subprocess.run([sys.executable, "-m", "dreamer4_nb.cli", "--help"], capture_output=True, text=True)
     assert found.returncode == 0
-    for command in ("demo", "collect", "train", "evaluate", "doctor"):
+    for command in ("demo", "collect", "train", "evaluate", "bench", "ship", "doctor"):
         assert command in found.stdout
 
 
@@ -169,3 +173,26 @@ def test_stop_and_go_on(data, tmp_path):
     assert not (tmp_path / "tokenizer.safetensors").exists()
     assert main(arguments) == 0
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+
+
+def test_shipping_a_run_keeps_its_weights_to_half_precision(finished, tmp_path):
+    written = ship(finished, tmp_path, tmp_path / "chain.json")
+    assert [path.name for path in written] == [*(f"tiny_{name}.safetensors" for name in ("tokenizer", "dynamics", "agent", "imagination")), "chain.json"]
+    for made, kept in ((load_tokenizer(finished / "tokenizer.safetensors"), load_tokenizer(written[0])),
+                       (load_agent(finished / "agent.safetensors")[0], load_agent(written[2])[0])):
+        for a, b in zip(made.state_dict().values(), kept.state_dict().values()):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert json.loads(written[-1].read_text())["preset"]["task"] == "ball_in_cup-catch"
+
+
+def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):
+    assert main(["ship", "--run", str(tmp_path), "--results", str(tmp_path / "chain.json")]) == 2
+    one_line(capsys, "results.json", "dreamer4 demo")
+    assert not (tmp_path / "chain.json").exists()
+
+
+def test_bench_writes_json_and_refuses_what_is_too_large(tmp_path, capsys):
+    assert main(["bench", "--shape", "tiny", "--seconds", "0.01", "--threads", "1", "--json", str(tmp_path / "bench.json")]) == 0
+    assert {"tokenizer_train_fps", "frame_ms", "peak_gflops_fp32", "versions"} <= json.loads((tmp_path / "bench.json").read_text()).keys()
+    assert main(["bench", "--shape", "paper", "--device", "cpu"]) == 2
+    one_line(capsys, "too many to time on a CPU")

@@ -1,8 +1,10 @@
 "What other implementations got wrong in RoPE and in the alignment of actions; the tests beside this one have the rest."
 import numpy as np
+import pytest
 import torch
 
 from dreamer4_nb.blocks import BlockCausalTransformer, TokenLayout, TransformerConfig, apply_rope
+from dreamer4_nb.core import UserError
 from dreamer4_nb.data import Episode, EpisodeStore, Windows, building
 
 SHAPE = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=3)
@@ -45,3 +47,35 @@ def test_actions_led_to_their_frame(tmp_path):
     torch.testing.assert_close(moved * 255 / 10, batch.actions[:, 1:, 0], atol=1e-4, rtol=0)
     first = torch.from_numpy(windows.offset[windows.draw(0)[0]] == 0)
     assert torch.equal(~batch.action_known[:, 0], first) and batch.action_known[:, 1:].all()
+
+
+LAYOUT = TokenLayout((("read", 3), ("seen", 5), ("other", 2)), (("read", ("read", "seen", "other")), ("seen", ("seen",)), ("other", ("read", "other"))))
+
+
+@pytest.mark.parametrize("depth, time_every", [(4, 2), (3, 3), (4, 4), (5, 2), (2, 3), (2, 1)])
+def test_leaving_out_what_nobody_reads_changes_nothing(depth, time_every):
+    "Outputs, gradients and streams, wherever the time layers stand; `other` sees groups that are not neighbours."
+    torch.manual_seed(0)
+    config = TransformerConfig(width=16, depth=depth, heads=2, kv_heads=1, time_every=time_every, context=3)
+    whole, pruned = BlockCausalTransformer(config, LAYOUT), BlockCausalTransformer(config, LAYOUT, read=("read",))
+    pruned.load_state_dict(whole.state_dict())
+    x = torch.randn(2, 7, LAYOUT.size, 16, requires_grad=True)
+    wish, grads = torch.randn(2, 7, 3, 16), []
+    for f in (whole, pruned):
+        y = f(x)[:, :, :3]
+        grads.append(torch.autograd.grad((y * wish).sum(), x)[0])
+    torch.testing.assert_close(pruned(x), whole(x)[:, :, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
+    with torch.no_grad():
+        cache = pruned.init_cache(2)
+        streamed = torch.cat([pruned(frame, cache) for frame in x.split(1, dim=1)], 1)
+    torch.testing.assert_close(streamed, pruned(x), atol=1e-5, rtol=1e-5)
+
+
+def test_pieces_cover_the_visibility_table_once():
+    covered = torch.zeros(LAYOUT.size, LAYOUT.size, dtype=torch.int)
+    for rows, columns in LAYOUT.pieces():
+        covered[rows, columns] += 1
+    assert torch.equal(covered, LAYOUT.mask().int())
+    with pytest.raises(UserError, match="first"):
+        BlockCausalTransformer(TransformerConfig(width=16, heads=2, kv_heads=1), LAYOUT, read=("other",))

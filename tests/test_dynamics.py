@@ -8,8 +8,8 @@ import torch
 from dreamer4_nb.blocks import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, load_dynamics
-from dreamer4_nb.forcing import Schedule
+from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, load_dynamics, video_loss
+from dreamer4_nb.forcing import Schedule, noise_context
 
 B, T = 3, 7
 SMALL = DynamicsConfig(n_latents=4, d_latent=6, transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=5))
@@ -202,3 +202,48 @@ def test_wrong_input_is_named(tmp_path):
     save_checkpoint(tmp_path / "narrow.safetensors", state, {"dynamics": to_dict(replace(SMALL, n_registers=5))})
     with pytest.raises(UserError, match="another config"):
         load_dynamics(tmp_path / "narrow.safetensors")
+
+
+def committed_inputs(model):
+    "Noised frames and the same frames as committed context."
+    inputs = make_inputs(model)
+    clean = torch.randn(inputs["z"].shape, generator=torch.Generator().manual_seed(3))
+    return inputs | {"context": noise_context(clean, model.config.schedule, torch.Generator().manual_seed(4))}
+
+
+def test_training_on_committed_context_is_what_the_stream_meets():
+    "Each frame tried against the cache and then committed gives the x_hat and h of one pass; also when the window of 5 rolls."
+    model = make_model(n_agent=1)
+    inputs = committed_inputs(model)
+    with torch.no_grad():
+        x_hat, h = model(**inputs)
+        cache, schedule = model.init_cache(B), model.config.schedule
+        for t in range(T):
+            now = {k: v if k == "agent" else v[:, t:t + 1] for k, v in inputs.items() if k != "context"}
+            torch.testing.assert_close(model(**now, cache=cache, commit=False)[0], x_hat[:, t:t + 1], atol=1e-5, rtol=1e-5)
+            now |= {"z": inputs["context"][:, t:t + 1], "i": torch.full((B, 1), schedule.ctx_index), "j": torch.full((B, 1), schedule.ctx_j)}
+            torch.testing.assert_close(model(**now, cache=cache)[1], h[:, t:t + 1], atol=1e-5, rtol=1e-5)
+
+
+def test_a_noised_frame_does_not_see_its_own_committed_copy_nor_other_noised_frames():
+    model = make_model(n_agent=1)
+    inputs = committed_inputs(model)
+    for name in ("z", "context"):
+        inputs[name].requires_grad_()
+    x_hat, h = model(**inputs)
+    reach = lambda output, name: gradient(output[:, 4], inputs[name]).flatten(2).abs().amax((0, 2)) > 0
+    assert reach(x_hat, "context").tolist() == [True] * 4 + [False] * 3
+    assert reach(x_hat, "z").tolist() == [False] * 4 + [True] + [False] * 2
+    assert reach(h, "context").tolist() == [True] * 5 + [False] * 2 and not reach(h, "z").any()
+
+
+def test_the_video_loss_of_committed_rows_also_gives_h():
+    model = make_model(n_agent=1, committed=True)
+    batch, agent = make_batch(SMALL), torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(1))
+    loss, metrics, h = video_loss(model, batch, torch.Generator().manual_seed(0), agent)
+    assert loss.isfinite() and h.shape == (8, T, 1, 32)
+    assert video_loss(make_model(n_agent=1), batch, torch.Generator().manual_seed(0), agent)[2] is None
+    schedule, z = model.config.schedule, model.normalise(batch.latents)
+    context = noise_context(z, schedule, torch.Generator().manual_seed(0))       # the first draw of the pass
+    level = torch.full((8, T), schedule.ctx_index), torch.full((8, T), schedule.ctx_j)
+    torch.testing.assert_close(model(context, *level, batch.actions, batch.action_known, agent)[1], h, atol=1e-5, rtol=1e-5)

@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from matplotlib import pyplot as plt
 
 from dreamer4_nb import scaling
 from dreamer4_nb.blocks import TransformerConfig
@@ -13,7 +12,7 @@ from dreamer4_nb.core import UserError
 from dreamer4_nb.dynamics import DynamicsConfig
 from dreamer4_nb.evaluation import text_table
 from dreamer4_nb.scaling import (LOSSES, SHAPES, Shape, Timing, bench, bench_table, build, costs, count_flops, count_parameters, exponent, growth,
-                                 ladder_factors, ladder_figure, ladder_table, matmul_peak, measure, pick_shape, random_batches, saved_bytes,
+                                 matmul_peak, measure, pick_shape, random_batches, saved_bytes,
                                  training_step)
 from dreamer4_nb.tokenizer import TokenizerConfig
 from dreamer4_nb.training import TrainConfig
@@ -206,7 +205,7 @@ def test_stream_has_a_full_cache():
     assert seen and set(seen) == {THIN.context - 1}
 
 
-# Growth and the ladder
+# Growth
 
 def test_exponent_of_a_power():
     n = np.array([1, 2, 4, 8])
@@ -224,21 +223,3 @@ def test_flops_grow_as_expected(axis, values, slope):
 def test_growth_along_an_unknown_axis():
     with pytest.raises(UserError, match="context, tokens, width, batch"):
         growth("height", (1, 2))
-
-
-STEPS = [{"what": "start", "measured": {"tokenizer_train_fps": 10, "frame_ms": 8}},
-         {"what": "elsewhere", "predicted": 1.1, "measured": {"frame_ms": 10}, "note": "slower"},
-         {"what": "change", "predicted": {"frame_ms": 1.5}, "measured": {"tokenizer_train_fps": 20, "frame_ms": 5, "dynamics_train_fps": 3}}]
-
-
-def test_ladder_factors_are_of_speed():
-    assert [(f["what"], f["key"], f["predicted"], f["measured"]) for f in ladder_factors(STEPS)] == [
-        ("elsewhere", "frame_ms", 1.1, 0.8), ("change", "tokenizer_train_fps", None, 2.0), ("change", "frame_ms", 1.5, 2.0)]
-
-
-@pytest.mark.parametrize("steps", [STEPS, STEPS[:1]])
-def test_ladder_can_be_drawn_and_printed(steps):
-    figure = ladder_figure(steps)
-    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [s["what"] for s in steps[1:]]
-    assert "start" in text_table(ladder_table(steps))
-    plt.close(figure)
