@@ -159,7 +159,7 @@ MICRO = Preset(
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
     evaluation=EvaluationPhase(episodes=4, decisions=12, readouts=("sample",), demonstrator=2, dreams=4, videos=1))
 PRESETS = {"tiny": TINY, "small": SMALL, "micro": MICRO}
-MINUTES = {"data": 1, "tokenizer": 9, "latents": 1, "dynamics": 5, "agent": 4, "imagination": 0.6, "evaluation": 2.5}  # tiny, two cores
+MINUTES = {"data": 2, "tokenizer": 9, "latents": 1, "dynamics": 6, "agent": 4, "imagination": 1, "evaluation": 4}  # tiny, two cores without bfloat16
 
 # %% ../nbs/18_chain.ipynb #cell-27
 def cores() -> int:
@@ -357,7 +357,7 @@ def figures(run: Run, dream_report: dict) -> dict[str, str]:
     save_video(folder / "dream-rollouts.webp", side, fps=8, scale=2)
     save(steps_figure(dream_report["per_step"]), "dream-steps")
     histories = {}
-    for name in ORDER:
+    for name in ("tokenizer.draft", *ORDER):
         log = run.folder / f"{name}.log.jsonl"
         rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
         if rows:

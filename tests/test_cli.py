@@ -161,7 +161,7 @@ def test_checkpoint_of_another_model(finished, data, tmp_path, capsys):
 
 def test_stop_and_go_on(data, tmp_path):
     arguments = ["train", "tokenizer", "--preset", "micro", "--data", data, "--run", str(tmp_path), "--tokenizer.train.steps", "60"]
-    log = tmp_path / "tokenizer.log.jsonl"
+    log = tmp_path / "tokenizer.draft.log.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
