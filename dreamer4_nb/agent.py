@@ -161,6 +161,7 @@ class PolicyHead(nn.Module):
         self.net = mlp(config.width * config.n_agent, config.hidden, (config.mtp + 1) * config.action_dim * self.n)
 
     def parameters_of(self, h):
+        "Numbers (..., L + 1, a, n) that decide the distributions, n to an action."
         c = self.config
         return self.net(h.flatten(-2)).unflatten(-1, (c.mtp + 1, c.action_dim, self.n))
 

@@ -108,7 +108,7 @@ def imagination_loss(world: WorldModel, heads: AgentHeads, config: ImaginationCo
 
     return loss
 
-# %% ../nbs/13_imagination.ipynb #cell-42
+# %% ../nbs/13_imagination.ipynb #cell-43
 def train_imagination(latents, world: WorldModel, heads: AgentHeads, config: ImaginationConfig, train: TrainConfig, run_dir,
                       batch: int = 64, focus: float = 0.7):
     """Phase 3: trains copies of the policy and value heads in dreams seeded from the LatentStore; returns heads with them.
