@@ -253,7 +253,7 @@ def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: in
     latents = world.rollout(world.tokenizer.encode(frames), actions, prefix, step_generator(seed), agent, known)
     return torch.stack([frames, world.tokenizer.decode(latents)]).cpu()
 
-# %% ../nbs/14_evaluation.ipynb #cell-68
+# %% ../nbs/14_evaluation.ipynb #cell-69
 def curves_figure(histories: dict[str, dict[str, list]]):
     "One panel per phase: each logged loss over the steps. `histories[phase]` holds a list `step` and a list per loss."
     use_style()
@@ -266,7 +266,7 @@ def curves_figure(histories: dict[str, dict[str, list]]):
         ax.legend(fontsize=7)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-69
+# %% ../nbs/14_evaluation.ipynb #cell-70
 def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", "latent_error", "ball_error", "ball_visible")):
     "One panel per metric over the frames of a dream, beside its floors and its ceiling: `per_step` of `rollout_report`."
     use_style()
@@ -279,7 +279,7 @@ def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", 
     axes[0, 0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-70
+# %% ../nbs/14_evaluation.ipynb #cell-71
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:0}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;white-space:nowrap;text-align:left;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{color:#555}
@@ -310,7 +310,7 @@ def _matrix(figures: dict[str, dict[str, float]]) -> list[dict]:
     metrics = sorted({m for row in figures.values() for m in row}, key=lambda m: ([*METRICS, m].index(m), m))
     return [{"": METRICS.get(m, m.replace("_", " "))} | {name.replace("_", " "): row.get(m) for name, row in figures.items()} for m in metrics]
 
-# %% ../nbs/14_evaluation.ipynb #cell-71
+# %% ../nbs/14_evaluation.ipynb #cell-72
 SECTIONS = {
     "policy": "The policy in the real environment",
     "closed_loop": "Closed loop",
@@ -322,7 +322,7 @@ INTERVALS = ("Intervals are 95%: Wilson for rates, bootstrap for returns and for
              "seeds. They say how sure these numbers are for <em>this</em> training run; another seed of training moves them more "
              "than that (notebook 14).")
 
-# %% ../nbs/14_evaluation.ipynb #cell-72
+# %% ../nbs/14_evaluation.ipynb #cell-73
 def findings(results: dict) -> list[str]:
     "The main numbers of results.json as sentences, each beside its floor or ceiling."
     out, rate = [], lambda r: f"{r['any']:.2f} [{r['any_interval'][0]:.2f}, {r['any_interval'][1]:.2f}]"
@@ -341,7 +341,7 @@ def findings(results: dict) -> list[str]:
         out.append(f"action-shuffle ratio {results['dream']['action_shuffle_ratio']:.2f} (1 = the dream ignores the actions)")
     return out
 
-# %% ../nbs/14_evaluation.ipynb #cell-73
+# %% ../nbs/14_evaluation.ipynb #cell-74
 def report(run_dir) -> Path:
     """Writes `report.html` into a run folder and returns its path: one file, nothing loaded from elsewhere.
 
