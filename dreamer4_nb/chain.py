@@ -139,9 +139,9 @@ def linked(preset: Preset) -> Preset:
 TINY = Preset(
     tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=5000, lr=1e-3, decay_share=0.4, log_every=100), batch=8, length=2, perceptual=0.0,
                              settle=1800),
-    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=1500, lr=1e-3, ema=0.998), batch=8, length=24),
+    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2000, lr=1e-3, ema=0.998), batch=8, length=24),
     agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, ema=0.99), batch=24),
-    imagination=ImaginationPhase(train=TrainConfig(steps=60, lr=3e-4)),
+    imagination=ImaginationPhase(ImaginationConfig(gamma=0.95), TrainConfig(steps=150, lr=1e-3, warmup=10)),
     evaluation=EvaluationPhase(readouts=("sample",)))
 SMALL = Preset(
     tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16, settle=8000),

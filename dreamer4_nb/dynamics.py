@@ -84,7 +84,7 @@ class Dynamics(nn.Module):
         super().__init__()
         self.config, width, grid = config, config.transformer.width, config.schedule.grid
         self.layout = dynamics_layout(config)
-        self.transformer = BlockCausalTransformer(config.transformer, self.layout, read=("agent", "latent") if config.n_agent else ("latent",))
+        self.transformer = BlockCausalTransformer(config.transformer, self.layout)
         self.embed_latent, self.to_latent = nn.Linear(config.d_token, width), nn.Linear(width, config.d_token)
         self.embed_tau, self.embed_d = nn.Embedding(grid.k_max, width // 2), nn.Embedding(grid.n_d, width - width // 2)
         self.embed_action = nn.Linear(config.action_dim, width)   # its bias tells "no force" from "not known"
