@@ -25,6 +25,7 @@ import tyro
 from .core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, write_json
 from .envs import Planner, collect_episodes, make_env, render_states, save_demonstrations, setup_gl, task_info
 from .data import Episode, EpisodeStore, building
+from .training import leave_ranks
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .scaling import bench, bench_table, matmul_peak
 from .chain import PRESETS, TINY, Preset, Run, closed_loop, cores, finish, say, ship
@@ -225,6 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"\nstopped; to go on: {shlex.join(['dreamer4', *arguments])}", file=sys.stderr)
         return 130
+    leave_ranks()
     return 0
 
 # %% ../nbs/19_cli.ipynb #cell-32

@@ -57,7 +57,7 @@ def dynamics_layout(config: DynamicsConfig) -> TokenLayout:
     groups = (("latent", config.n_tokens), ("register", config.n_registers), ("signal", 1), ("action", 1))
     sees = tuple((name, world) for name in world)
     if config.n_agent:
-        groups = (("agent", config.n_agent),) + groups     # what is read comes first: agent and latents
+        groups += (("agent", config.n_agent),)
         sees += (("agent", world + ("agent",)),)
     return TokenLayout(groups=groups, sees=sees)
 
@@ -147,7 +147,7 @@ class Dynamics(nn.Module):
             if agent is None:
                 raise UserError(f"this model has agent tokens; pass agent, (b, {c.n_agent}, {width})")
             check_shape("agent", agent, "b n d", b=b, n=c.n_agent, d=width)
-            x = torch.cat([repeat(agent, "b n d -> b t n d", t=i.shape[1]).to(x.dtype), x], 2)
+            x = torch.cat([x, repeat(agent, "b n d -> b t n d", t=i.shape[1]).to(x.dtype)], 2)
         x = self.transformer(x, cache=cache, commit=commit, sees=sees, positions=positions)
         x_hat, h = x[:, -t:, self.layout.slice("latent")], x[:, :t, self.layout.slice("agent")] if c.n_agent else None
         return self.to_latent(x_hat).float(), None if h is None else h.float()

@@ -348,11 +348,12 @@ def image_metrics(recon, frames, perceptual: PerceptualLoss | None = None) -> di
     "PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS of (n, c, h, w) in [0, 1]."
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
     recon, frames = recon.float().clamp(0, 1), frames.float()
-    out = {"psnr": peak_signal_noise_ratio(recon, frames, data_range=1.0).item(),
-           "ssim": structural_similarity_index_measure(recon, frames, data_range=1.0).item()}
-    if perceptual is not None and perceptual.kind == "lpips":
-        with torch.no_grad():
-            out["lpips"] = torch.stack([perceptual(a, b) * len(a) for a, b in zip(recon.split(64), frames.split(64))]).sum().item() / len(frames)
+    mean = lambda metric: sum(metric(a, b).item() * len(a) for a, b in zip(recon.split(64), frames.split(64))) / len(frames)
+    with torch.no_grad():
+        out = {"psnr": peak_signal_noise_ratio(recon, frames, data_range=1.0).item(),
+               "ssim": mean(lambda a, b: structural_similarity_index_measure(a, b, data_range=1.0))}
+        if perceptual is not None and perceptual.kind == "lpips":
+            out["lpips"] = mean(perceptual)
     return out
 
 
