@@ -449,4 +449,5 @@ class BlockCausalTransformer(nn.Module):
 
     def compile(self, **options) -> None:
         "From now on `through` runs compiled (options: of `torch.compile`), but for pieces of a stream, whose lengths differ."
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)   # of all transformers together, in training and in use
         self.compiled = torch.compile(self.through, **options)

@@ -52,6 +52,11 @@ class WorldModel(nn.Module):
             raise UserError(f"schedule has k_max {self.schedule.k_max}, the dynamics were trained with "
                             f"{dynamics.config.schedule.k_max}; use the same")
 
+    def compile(self, **options) -> None:
+        "Compiles all transformers (options: of `torch.compile`); the first frames then take their time, once for each shape."
+        for part in (self.tokenizer.encoder, self.tokenizer.decoder, self.dynamics.transformer):
+            part.compile(**options)
+
     def start(self, batch: int, generator: torch.Generator, agent=None) -> Dream:
         "An empty dream for `batch` rows; observe a context next."
         return Dream(self.dynamics.init_cache(batch, self.dynamics.latent_mean.device), generator, agent)

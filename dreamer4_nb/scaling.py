@@ -22,7 +22,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .core import UserError, autocast, pick_device, pick_dtype, seed_everything
+from .core import UserError, autocast, cast_linear, pick_device, pick_dtype, seed_everything
 from .forcing import Schedule
 from .blocks import BlockCausalTransformer, TransformerConfig
 from .data import Batch
@@ -265,10 +265,9 @@ def _run(shape: Shape, seconds: float, config: TrainConfig, device, dtype, compi
                  "generate": lambda: world.rollout(latents, actions, shape.context, generator)} | _stream(shape, world, latents, actions, device)
         gflops["frame"] = count_flops(calls["frame"]) / 1e9
     if compile:
-        for part in (tokenizer.encoder, tokenizer.decoder, dynamics.transformer):
-            part.compile()
+        world.compile()
     timings = {name: measure(step, seconds, device=device) for name, step in steps.items()}
-    world.eval()
+    cast_linear(world.eval(), dtype)
     with torch.no_grad(), autocast(device, dtype):
         timings |= {name: measure(call, seconds, device=device) for name, call in calls.items()}
     return timings, gflops, {name: count_parameters(module) for name, module in models.items()}

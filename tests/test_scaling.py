@@ -8,14 +8,15 @@ import torch
 
 from dreamer4_nb import scaling
 from dreamer4_nb.blocks import TransformerConfig
-from dreamer4_nb.core import UserError
-from dreamer4_nb.dynamics import DynamicsConfig
+from dreamer4_nb.core import UserError, autocast, cast_linear
+from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation import text_table
+from dreamer4_nb.generation import WorldModel
 from dreamer4_nb.scaling import (LOSSES, SHAPES, Shape, Timing, bench, bench_table, build, costs, count_flops, count_parameters, exponent, growth,
                                  matmul_peak, measure, pick_shape, random_batches, saved_bytes,
                                  training_step)
-from dreamer4_nb.tokenizer import TokenizerConfig
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training import TrainConfig, fit
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
@@ -223,3 +224,36 @@ def test_flops_grow_as_expected(axis, values, slope):
 def test_growth_along_an_unknown_axis():
     with pytest.raises(UserError, match="context, tokens, width, batch"):
         growth("height", (1, 2))
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
+def test_compiled_and_half_precision_streams_are_the_plain_one(dtype, tolerance):
+    "A dream of unit scale, float32 and eager, against compiled layers and weights cast once; the ring is filled and rolls."
+    torch.manual_seed(0)
+    transformer = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=4)
+    world = WorldModel(Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=transformer)),
+                       Dynamics(DynamicsConfig(n_latents=4, d_latent=6, transformer=transformer))).eval()
+    torch.nn.init.normal_(world.dynamics.to_latent.weight, std=0.2)
+    latents, actions = torch.rand(2, 8, 4, 6) * 2 - 1, torch.rand(2, 8, 2) * 2 - 1
+    with torch.no_grad():
+        plain = world.rollout(latents, actions, 3, torch.Generator().manual_seed(0))
+        world.compile()
+        with autocast(torch.device("cpu"), dtype):
+            fast = cast_linear(world, dtype).rollout(latents, actions, 3, torch.Generator().manual_seed(0))
+    assert world.dynamics.transformer.compiled is not None
+    torch.testing.assert_close(fast, plain, atol=tolerance, rtol=0)
+    assert (fast[:, 3:] - latents[:, 3:]).abs().max() > 2 * tolerance
+
+
+def test_compiled_training_is_plain_training(tmp_path):
+    "Three steps from the same weights, and no compiled part is left behind."
+    transformer = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=4)
+    config, losses = DynamicsConfig(n_latents=4, d_latent=6, transformer=transformer), []
+    shape = Shape(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=transformer), config, 4, 6, 2, 2)
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model, batch = Dynamics(config), random_batches(shape, torch.device("cpu"))["dynamics"]
+        train = TrainConfig(steps=3, warmup=1, log_every=1, dtype="float32", device="cpu", compile=compile)
+        losses.append([row["dynamics"] for row in fit("toy", {"dynamics": model}, dynamics_loss, lambda i: batch, train, progress=False)])
+        assert model.transformer.compiled is None
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][2]
