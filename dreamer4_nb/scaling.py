@@ -356,7 +356,7 @@ def bench_table(results: list[dict]) -> list[dict[str, str]]:
     heads = [head if heads.count(head) == 1 else f"{head} ({k + 1})" for k, head in enumerate(heads)]
     return [{"": label, **dict(zip(heads, cells))} for label, cells in lines.items()]
 
-# %% ../nbs/16_scaling.ipynb #cell-58
+# %% ../nbs/16_scaling.ipynb #cell-59
 def saved_bytes(function, module: nn.Module) -> int:
     "Bytes of the tensors that autograd keeps while `function()` runs forward, each storage once, without `module`'s parameters."
     own, kept = {p.untyped_storage().data_ptr() for p in module.parameters()}, {}
