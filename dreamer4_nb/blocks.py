@@ -15,6 +15,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .core import UserError, check_shape
 
@@ -360,6 +361,7 @@ class BlockCausalTransformer(nn.Module):
     Layer l = 0, 1, ... looks along time where (l + 1) % time_every == 0, over `context` frames; all others look inside the frame.
     `read`: the groups whose outputs are wanted, the first ones of the layout (default: all). The output is then
     (b, t, read tokens, width), and what nobody reads is not computed.
+    `recompute` (False): layers keep their inputs only and are run again in the backward pass, less memory for a third more work.
     `given`: the groups that bring something along, the last ones of the layout (default: all); the others are questions,
     the same in every frame. The layers then come in reverse order, time first, and up to the first look across tokens only
     the given groups are worked on: without having looked, a question could only become another fixed question.
@@ -376,7 +378,7 @@ class BlockCausalTransformer(nn.Module):
         self.read, self.given = (sum(n for name, n in layout.groups if name in chosen) for chosen in (read, given))
         kinds = [config.is_time(l) for l in range(config.depth)]
         self.layers = nn.ModuleList(Layer(config, time) for time in (reversed(kinds) if backwards else kinds))
-        self.norm, self.compiled = RMSNorm(config.width), None
+        self.norm, self.compiled, self.recompute = RMSNorm(config.width), None, False
         looks = [l for l, layer in enumerate(self.layers) if not layer.time]        # across the tokens of a frame
         self.first_look, self.last_look = (looks[0], looks[-1]) if looks else (0, -1)
         for name, weight in self.named_parameters():
@@ -439,12 +441,13 @@ class BlockCausalTransformer(nn.Module):
             x = x[:, :, :self.read]
         questions, x = x.split([self.layout.size - self.given, self.given], 2) if self.first_look else (x[:, :, :0], x)
         for l, layer in enumerate(self.layers):
+            run = partial(checkpoint, layer, use_reentrant=False) if self.recompute and cache is None and torch.is_grad_enabled() else layer
             if layer.time:
                 recall = None if cache is None else partial(cache.recall, n_time, commit) if slot is None else partial(cache.put, n_time, slot)
-                x, n_time = layer(x, recall=recall, **look), n_time + 1
+                x, n_time = run(x, recall=recall, **look), n_time + 1
             else:
                 x = torch.cat([questions, x], 2) if l == self.first_look else x
-                x = layer(x, pieces=self.pieces, asking=self.read if l == self.last_look else x.shape[2])
+                x = run(x, pieces=self.pieces, asking=self.read if l == self.last_look else x.shape[2])
         return self.norm(x)
 
     def compile(self, **options) -> None:

@@ -89,7 +89,7 @@ class Run:
 
     def _key(self, name: str) -> dict:
         "The settings that decide what the phase `name` makes: its own and those of the phases before it."
-        free = {"device", "compile", "log_every", "save_every"}
+        free = {"device", "compile", "recompute", "log_every", "save_every"}
         prune = lambda d: {k: prune(v) for k, v in d.items() if k not in free} if isinstance(d, dict) else d
         config = prune(to_dict(self.preset))
         before = ORDER[:ORDER.index(name) + 1] if name in ORDER else ORDER

@@ -207,7 +207,7 @@ def text_table(rows: list[dict]) -> str:
     lines = [{k: k for k in names}, *rows]
     return "\n".join("  ".join(line[k].ljust(widths[k]) for k in names).rstrip() for line in lines)
 
-# %% ../nbs/14_evaluation.ipynb #cell-59
+# %% ../nbs/14_evaluation.ipynb #cell-62
 @torch.no_grad()
 def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     """The real episode beside the policy's dream of it: (t, h, 2w + 2, c) uint8.
@@ -225,7 +225,7 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     dream[:prefix, -2:] = 255
     return np.concatenate([frames, np.full_like(frames[:, :, :2], 255), dream], 2)
 
-# %% ../nbs/14_evaluation.ipynb #cell-64
+# %% ../nbs/14_evaluation.ipynb #cell-67
 @torch.no_grad()
 def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
     "Truth and reconstruction (2, n, c, h, w) of frames drawn from the episodes of a store, each decoded in its episode's stream."
@@ -237,7 +237,7 @@ def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
         pairs.append(torch.stack([frames[t], tokenizer.decode(tokenizer.encode(past))[0, -1]]))
     return torch.stack(pairs, 1).cpu()
 
-# %% ../nbs/14_evaluation.ipynb #cell-65
+# %% ../nbs/14_evaluation.ipynb #cell-68
 @torch.no_grad()
 def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: int = 0):
     "Truth and dream (2, n, length, c, h, w) of windows of a store, driven by the true actions."
@@ -253,20 +253,21 @@ def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: in
     latents = world.rollout(world.tokenizer.encode(frames), actions, prefix, step_generator(seed), agent, known)
     return torch.stack([frames, world.tokenizer.decode(latents)]).cpu()
 
-# %% ../nbs/14_evaluation.ipynb #cell-69
+# %% ../nbs/14_evaluation.ipynb #cell-72
 def curves_figure(histories: dict[str, dict[str, list]]):
-    "One panel per phase: each logged loss over the steps. `histories[phase]` holds a list `step` and a list per loss."
+    """One panel per phase: each logged loss and metric over the steps, its last value in the legend. `histories[phase]` holds a list
+    `step` and a list for each; what only keeps the books (learning rate, speed, gradient norm, shares) is left out."""
     use_style()
-    fig, axes = plt.subplots(1, len(histories), figsize=(3.2 * len(histories), 2.6), squeeze=False)
+    fig, axes = plt.subplots(1, len(histories), figsize=(3 * len(histories), 3.4), squeeze=False)
     for ax, (phase, history) in zip(axes[0], histories.items()):
-        for name, values in history.items():
-            if name != "step":
-                ax.plot(history["step"], values, label=name, lw=1)
-        ax.set(title=phase, xlabel="step", yscale="log" if all(min(v) > 0 for k, v in history.items() if k != "step") else "linear")
-        ax.legend(fontsize=7)
+        shown = {k: v for k, v in history.items() if k not in ("step", "lr", "frames_per_s", "gradient", "bootstrap_share")}
+        for name, values in shown.items():
+            ax.plot(history["step"], values, label=f"{name} {values[-1]:.3g}", lw=1)
+        ax.set(title=phase, xlabel="step", yscale="log" if all(min(v) > 0 for v in shown.values()) else "linear")
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-70
+# %% ../nbs/14_evaluation.ipynb #cell-73
 def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", "latent_error", "ball_error", "ball_visible")):
     "One panel per metric over the frames of a dream, beside its floors and its ceiling: `per_step` of `rollout_report`."
     use_style()
@@ -279,7 +280,7 @@ def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", 
     axes[0, 0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-71
+# %% ../nbs/14_evaluation.ipynb #cell-74
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:0}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;white-space:nowrap;text-align:left;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{color:#555}
@@ -310,7 +311,7 @@ def _matrix(figures: dict[str, dict[str, float]]) -> list[dict]:
     metrics = sorted({m for row in figures.values() for m in row}, key=lambda m: ([*METRICS, m].index(m), m))
     return [{"": METRICS.get(m, m.replace("_", " "))} | {name.replace("_", " "): row.get(m) for name, row in figures.items()} for m in metrics]
 
-# %% ../nbs/14_evaluation.ipynb #cell-72
+# %% ../nbs/14_evaluation.ipynb #cell-75
 SECTIONS = {
     "policy": "The policy in the real environment",
     "closed_loop": "Closed loop",
@@ -322,7 +323,7 @@ INTERVALS = ("Intervals are 95%: Wilson for rates, bootstrap for returns and for
              "seeds. They say how sure these numbers are for <em>this</em> training run; another seed of training moves them more "
              "than that (notebook 14).")
 
-# %% ../nbs/14_evaluation.ipynb #cell-73
+# %% ../nbs/14_evaluation.ipynb #cell-76
 def findings(results: dict) -> list[str]:
     "The main numbers of results.json as sentences, each beside its floor or ceiling."
     out, rate = [], lambda r: f"{r['any']:.2f} [{r['any_interval'][0]:.2f}, {r['any_interval'][1]:.2f}]"
@@ -341,7 +342,7 @@ def findings(results: dict) -> list[str]:
         out.append(f"action-shuffle ratio {results['dream']['action_shuffle_ratio']:.2f} (1 = the dream ignores the actions)")
     return out
 
-# %% ../nbs/14_evaluation.ipynb #cell-74
+# %% ../nbs/14_evaluation.ipynb #cell-77
 def report(run_dir) -> Path:
     """Writes `report.html` into a run folder and returns its path: one file, nothing loaded from elsewhere.
 

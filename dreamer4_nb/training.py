@@ -43,6 +43,7 @@ class TrainConfig:
     rms_floor: float = 1e-3
     dtype: str = "auto"  # auto, float32 or bfloat16
     compile: bool = False  # torch.compile for the transformers: a minute or two at the start, then faster steps
+    recompute: bool = False  # activation checkpointing: layers are run again in the backward pass, less memory for a third more work
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
     log_every: int = 20  # steps
@@ -236,7 +237,7 @@ def unpack_state(state: dict[str, Tensor], parts: nn.ModuleDict, parameters: dic
 # %% ../nbs/07_training.ipynb #cell-43
 def describe_run(config: TrainConfig, model_config: dict) -> dict:
     "What must not change when a run goes on."
-    free = ("device", "compile", "log_every", "save_every")
+    free = ("device", "compile", "recompute", "log_every", "save_every")
     return {"training": {key: value for key, value in to_dict(config).items() if key not in free},
             "model": json.loads(json.dumps(model_config))}
 
@@ -341,8 +342,10 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ca
     loss_module = LossModule(modules, loss_fn).to(device)
     parts = loss_module.parts
     transformers = [part for part in parts.modules() if isinstance(part, BlockCausalTransformer)]
-    for part in transformers if config.compile else ():
-        part.compile()
+    for part in transformers:
+        part.recompute = config.recompute
+        if config.compile:
+            part.compile()
     parameters = pick_trainable(parts, trainable)
     optimiser = make_optimiser(parameters, config)
     average = {key: p.detach().float().clone() for key, p in parameters.items()} if config.ema else {}
@@ -392,7 +395,7 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ca
                 print(f"{name}: stopped at step {step} of {config.steps}; {saved}" if rank == 0 else "", end="\n" * (rank == 0), flush=True)
                 raise KeyboardInterrupt
     for part in transformers:
-        part.compiled = None
+        part.compiled, part.recompute = None, False
     with torch.no_grad():
         for key, value in average.items():
             parameters[key].copy_(value)

@@ -95,10 +95,9 @@ def test_flops_of_a_dynamics_step_are_those_on_paper(share):
     s = replace(MICRO, tokenizer=replace(MICRO.tokenizer, n_latents=24), dynamics=c)
     w, tokens, t = THIN.width, 24 + c.n_registers + 2, s.length
     asked, asking = w * 2 * 16, w * 2 * 16 + w * w + 3 * w * THIN.hidden    # two heads, one for keys and values; 16 channels each
-    inside = 2 * tokens * (asked + asking) + 4 * w * tokens * tokens        # layers 0 and 1
-    last_look = 2 * (tokens * asked + 24 * asking) + 4 * w * 24 * tokens    # layer 2: only the latents ask
-    along = 24 * (2 * (asked + asking) + 4 * w * t)                         # layer 3: only the latents are worked on
-    expected = (3 + 2 * share) * (2 * inside + last_look + along + 4 * 24 * 8 * w) * s.batch * t
+    inside = 2 * tokens * (asked + asking) + 4 * w * tokens * tokens        # layers 0, 1 and 2
+    along = tokens * (2 * (asked + asking) + 4 * w * t)                     # layer 3
+    expected = (3 + 2 * share) * (3 * inside + along + 4 * 24 * 8 * w) * s.batch * t
     assert counted(s, "dynamics") == pytest.approx(expected, rel=0.05)
     assert costs(s)["dynamics"]["step_gflops"] * 1e9 == pytest.approx(expected, rel=0.01)
 
@@ -110,7 +109,8 @@ def test_tokenizer_step_needs_no_more_than_on_paper():
 def test_costs_of_state_and_cache():
     row = costs(MICRO)["dynamics"]
     assert row["state_mb"] == 16 * row["parameters"] / 1e6
-    assert row["cache_mb"] == 2 * 2 * 1 * 4 * 1 * 5 * 16 / 1e6                   # keys and values, 2 bytes, one time layer, the latents' tracks
+    tracks = 4 + MICRO.dynamics.n_registers + 2
+    assert row["cache_mb"] == 2 * 2 * 1 * tracks * 1 * 5 * 16 / 1e6              # keys and values, 2 bytes, one time layer, one key-value head
 
 
 def test_saved_bytes_counts_a_storage_once_and_no_weights():
@@ -245,15 +245,29 @@ def test_compiled_and_half_precision_streams_are_the_plain_one(dtype, tolerance)
     assert (fast[:, 3:] - latents[:, 3:]).abs().max() > 2 * tolerance
 
 
-def test_compiled_training_is_plain_training(tmp_path):
-    "Three steps from the same weights, and no compiled part is left behind."
+@pytest.mark.parametrize("way", ["compile", "recompute"])
+def test_compiled_or_recomputed_training_is_plain_training(way):
+    "Three steps from the same weights, and nothing is left behind on the model."
     transformer = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=4)
     config, losses = DynamicsConfig(n_latents=4, d_latent=6, transformer=transformer), []
     shape = Shape(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=transformer), config, 4, 6, 2, 2)
-    for compile in (False, True):
+    for on in (False, True):
         torch.manual_seed(0)
         model, batch = Dynamics(config), random_batches(shape, torch.device("cpu"))["dynamics"]
-        train = TrainConfig(steps=3, warmup=1, log_every=1, dtype="float32", device="cpu", compile=compile)
+        train = TrainConfig(steps=3, warmup=1, log_every=1, dtype="float32", device="cpu", **{way: on})
         losses.append([row["dynamics"] for row in fit("toy", {"dynamics": model}, dynamics_loss, lambda i: batch, train, progress=False)])
-        assert model.transformer.compiled is None
+        assert model.transformer.compiled is None and not model.transformer.recompute
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][2]
+
+
+def test_recomputed_layers_keep_less_and_give_the_same_gradient():
+    model, batch, found = Dynamics(replace(MICRO.dynamics, bootstrap_share=0.0)), random_batches(MICRO, CPU)["dynamics"], []
+    torch.nn.init.normal_(model.to_latent.weight, std=0.2)
+    loss = lambda: dynamics_loss({"dynamics": model}, batch, torch.Generator().manual_seed(0))[0]["dynamics"]
+    for recompute in (False, True):
+        model.transformer.recompute = recompute
+        found.append((saved_bytes(loss, model), torch.autograd.grad(loss(), list(model.transformer.parameters()))))
+    (kept, plain), (kept_again, recomputed) = found
+    assert kept_again < 0.4 * kept
+    for a, b in zip(plain, recomputed):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
