@@ -361,10 +361,10 @@ class BlockCausalTransformer(nn.Module):
     Layer l = 0, 1, ... looks along time where (l + 1) % time_every == 0, over `context` frames; all others look inside the frame.
     `read`: the groups whose outputs are wanted, the first ones of the layout (default: all). The output is then
     (b, t, read tokens, width), and what nobody reads is not computed.
-    `recompute` (False): layers keep their inputs only and are run again in the backward pass, less memory for a third more work.
     `given`: the groups that bring something along, the last ones of the layout (default: all); the others are questions,
     the same in every frame. The layers then come in reverse order, time first, and up to the first look across tokens only
     the given groups are worked on: without having looked, a question could only become another fixed question.
+    Attribute `recompute` (False): layers keep their inputs only and are run again in the backward pass, less memory for a third more work.
     Raises `UserError` for groups that do not stand so."""
 
     def __init__(self, config: TransformerConfig, layout: TokenLayout, read: tuple[str, ...] | None = None,
