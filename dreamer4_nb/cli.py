@@ -9,6 +9,7 @@ __all__ = ['Name', 'Settings', 'Demo', 'Train', 'Evaluate', 'Study', 'Collect', 
 # %% ../nbs/19_cli.ipynb #cell-3
 import importlib.metadata
 import json
+import os
 import platform
 import shlex
 import shutil
@@ -256,4 +257,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 # %% ../nbs/19_cli.ipynb #cell-34
 if __name__ == "__main__" and "__file__" in globals():
-    sys.exit(main())
+    code = main()
+    sys.stdout.flush()
+    if "RANK" in os.environ:
+        os._exit(code)      # a rank's interpreter that takes itself apart beside what is left of gloo's threads aborts once in a while
+    sys.exit(code)

@@ -8,7 +8,7 @@ __all__ = ['TrainConfig', 'learning_rate', 'make_optimiser', 'update_average', '
            'pack_state', 'unpack_state', 'describe_run', 'check_same_run', 'RunLog', 'summarise', 'catch_stop', 'fit']
 
 # %% ../nbs/07_training.ipynb #cell-2
-import contextlib, json, math, os, signal, threading, time
+import contextlib, gc, json, math, os, signal, threading, time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,8 +99,9 @@ def join_ranks(device: str) -> tuple[int, int, torch.device]:
 
 
 def leave_ranks() -> None:
-    "Waits for all ranks and leaves them; nothing without ranks. An interpreter that ends while its ranks still talk may abort."
+    "Waits for all ranks and leaves them; nothing without ranks. An interpreter that ends while their threads still live may abort."
     if dist.is_initialized():
+        gc.collect()      # dead models hold on to the group, and the group's threads to tensors
         dist.barrier()
         dist.destroy_process_group()
 

@@ -98,3 +98,4 @@ if __name__ == "__main__":
         save_checkpoint(args.run_dir / f"gradients{os.environ.get('RANK', 0)}.safetensors", gradients(modules), {})
         fit("second", modules, plain_loss_fn, make_batch, config, args.run_dir, progress=False)  # the ranks are joined once
         leave_ranks()
+        os._exit(0)  # as the command does: the interpreter's own end may abort beside gloo's threads
