@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'PARTS', 'differences', 'cores', 'say', 'Run', 'policies', 'closed_loop', 'figures', 'machine', 'measured',
-           'finish', 'ship', 'branch', 'study']
+           'finish', 'ship', 'branch', 'with_setting', 'seeded', 'study', 'dream_study', 'keep_rows']
 
 # %% ../nbs/18_chain.ipynb #cell-3
 import json
@@ -14,7 +14,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +32,7 @@ from .generation import WorldModel, rollout_report
 from .agent import Policy, load_agent, train_agent
 from .imagination import load_imagination, train_imagination
 from .evaluation import (PlannerPolicy, RandomPolicy, Records, beside_dream, closed_loop_rows, compare, curves_figure, dreams,
-                                    evaluate_policy, reconstructions, report, runs_interval, steps_figure)
+                                    evaluate_policy, reconstructions, report, steps_figure)
 from .presets import MINUTES, TINY, Preset, linked
 
 # %% ../nbs/18_chain.ipynb #cell-10
@@ -89,7 +89,7 @@ class Run:
 
     def _key(self, name: str) -> dict:
         "The settings that decide what the phase `name` makes: its own and those of the phases before it."
-        free = {"device", "compile", "recompute", "log_every", "save_every"}
+        free = {"device", "compile", "recompute", "shard", "log_every", "save_every"}
         prune = lambda d: {k: prune(v) for k, v in d.items() if k not in free} if isinstance(d, dict) else d
         config = prune(to_dict(self.preset))
         before = ORDER[:ORDER.index(name) + 1] if name in ORDER else ORDER
@@ -322,33 +322,77 @@ def branch(run: Run, folder: Path, last: str, preset: Preset) -> Run:
     return Run(folder, preset)
 
 
-def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, decisions: int = 500, readouts=("sample", "mean", "mode"),
-          first_seed: int = 30_000) -> dict:
-    """Phase 2 with `agents` seeds on top of one tokenizer and one dynamics, phase 3 with `policies` seeds on top of each, all in the
-    real environment on the same seeds.
+def with_setting(preset, setting: str, value):
+    "The preset with another value of one setting, named as on the command line (`imagination.model.horizon`). `UserError` if there is none."
+    name, _, rest = setting.partition(".")
+    if name not in {f.name for f in fields(preset)} or rest and not is_dataclass(getattr(preset, name)):
+        raise UserError(f"no setting '{setting}' in {type(preset).__name__}; it has {', '.join(f.name for f in fields(preset))}")
+    return replace(preset, **{name: with_setting(getattr(preset, name), rest, value) if rest else value})
 
-    Returns {"rows": one for each policy and read-out, "pmpo_minus_cloning": one for each read-out, with a t interval whose
-    unit is the phase-2 run}. Everything is kept in the folder `study` of the run, and a second call goes on.
+
+def seeded(preset: Preset, **seeds: int) -> Preset:
+    "The preset with these numbers added to the training seeds of the phases they are named after."
+    for phase, seed in seeds.items():
+        preset = with_setting(preset, f"{phase}.train.seed", getattr(preset, phase).train.seed + seed)
+    return preset
+
+
+def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, decisions: int = 500, readouts=("sample", "mean", "mode"),
+          setting: str = "", value=None, first_seed: int = 30_000) -> list[dict]:
+    """Phase 2 with `agents` seeds on top of the tokenizer and dynamics of `run`, phase 3 with `policies` seeds on top of each, all
+    in the real environment on the same seeds: one row for each policy and read-out.
+
+    `setting` and `value`: the same with one setting changed (`with_setting`) and, where it belongs to an earlier phase, the phases
+    from there on trained again, the dynamics with their own `agents` seeds. Everything is kept in the folder `study` of the
+    run, and a second call goes on.
     """
-    rows, differences_of, p = [], {}, run.preset
-    judged = replace(p.evaluation, episodes=episodes, decisions=decisions, readouts=tuple(readouts), first_seed=first_seed, videos=0)
+    phase, root = setting.partition(".")[0] or "agent", run.folder / "study"
+    changed = with_setting(run.preset, setting, value) if setting else run.preset
+    own_root = root / f"{setting}={value}" if setting else root
+    judged = replace(run.preset.evaluation, episodes=episodes, decisions=decisions, readouts=tuple(readouts), first_seed=first_seed, videos=0, demonstrator=0)
+    changed, rows = replace(changed, evaluation=judged), []
     for a in range(agents):
-        with_agent = replace(p, evaluation=judged, agent=replace(p.agent, train=replace(p.agent.train, seed=p.agent.train.seed + a)))
-        trunk = branch(run, run.folder / "study" / f"agent{a}", "dynamics", with_agent)
+        seeds = {name: a for name in ORDER if name == "agent" or name == "dynamics" == phase}
+        if phase == "imagination":
+            trunk = branch(run, root / f"agent{a}", "dynamics", seeded(run.preset, agent=a))
+        else:
+            trunk = branch(run, own_root / f"agent{a}", ORDER[ORDER.index(phase) - 1], seeded(changed, **seeds))
         for b in range(policies):
-            train = replace(p.imagination.train, seed=p.imagination.train.seed + b)
-            own = branch(trunk, run.folder / "study" / f"agent{a}-policy{b}", "agent",
-                         replace(with_agent, imagination=replace(p.imagination, train=train), evaluation=replace(judged, demonstrator=0 if a or b else judged.demonstrator)))
-            say(f"agent {a}, policy {b}: {own.folder}")
-            records = {r.policy: r for r in closed_loop(own, only=None if b == 0 and a == 0 else ("PMPO",) if b else ("cloning", "PMPO"))}
-            for name, r in records.items():
-                kind, _, readout = name.partition(", ")
+            first = not (a or b or setting)     # the floor and the ceiling are played once
+            preset = seeded(changed, **seeds, imagination=b)
+            own = branch(trunk, own_root / f"agent{a}-policy{b}", "agent",
+                         replace(preset, evaluation=replace(judged, demonstrator=run.preset.evaluation.demonstrator if first else 0)))
+            say(f"{own.folder}")
+            for r in closed_loop(own, only=None if first else ("PMPO",) if b or phase == "imagination" else ("cloning", "PMPO")):
+                kind, _, readout = r.policy.partition(", ")
                 s = r.summary()
-                rows.append({"task": r.task, "policy": kind, "agent_seed": a if readout else None, "policy_seed": b if kind == "PMPO" else None,
-                             "readout": readout or None, "n": len(r), "decisions": r.decisions, "catch": s["any"], "low": s["any_interval"][0],
-                             "high": s["any_interval"][1], "held": s["held"], "return": s["return"]})
-    for readout in readouts:
-        of = lambda kind, a: [r["catch"] for r in rows if (r["policy"], r["readout"], r["agent_seed"]) == (kind, readout, a)]
-        gains = [float(np.mean(of("PMPO", a)) - of("cloning", a)[0]) for a in range(agents)]
-        differences_of[readout] = {"by_agent": gains, "mean": float(np.mean(gains)), "interval": runs_interval(gains) if agents > 1 else None}
-    return {"rows": rows, "pmpo_minus_cloning": differences_of, "date": date.today().isoformat(), "machine": machine()}
+                rows.append({"task": r.task, "setting": setting or None, "value": value, "policy": kind, "agent_seed": a if readout else None,
+                             "policy_seed": b if kind == "PMPO" else None, "readout": readout or None, "n": len(r), "decisions": r.decisions,
+                             "catch": s["any"], "low": s["any_interval"][0], "high": s["any_interval"][1], "held": s["held"], "return": s["return"]})
+    return rows
+
+
+def dream_study(run: Run, seeds: int = 2, setting: str = "", value=None) -> list[dict]:
+    """Tokenizer and dream on held-out episodes, one row for each of `seeds` trainings of the phase that `setting` belongs to (else
+    the dynamics) and of all phases between it and the dynamics. Kept in the folder `dreams` of the run; a second call goes on."""
+    phase, rows = setting.partition(".")[0] or "dynamics", []
+    changed = with_setting(run.preset, setting, value) if setting else run.preset
+    for seed in range(seeds):
+        preset = seeded(changed, **{name: seed for name in ("tokenizer", "dynamics") if ORDER.index(name) >= ORDER.index(phase)})
+        own = branch(run, run.folder / "dreams" / (f"{setting}={value}" if setting else "as it is") / f"seed{seed}", ORDER[ORDER.index(phase) - 1], preset)
+        say(f"{own.folder}")
+        own.dynamics
+        found = measured(own)
+        rows.append({"task": preset.task, "setting": setting or None, "value": value, "seed": seed, "windows": found["dreams"],
+                     "tokenizer": found["tokenizer"], "dream": found["dream"]["mean"], "ratio": found["dream"]["action_shuffle_ratio"],
+                     "seconds": {name: own.phases[name]["seconds"] for name in ORDER[1:] if name in own.phases}})
+    return rows
+
+
+def keep_rows(path: Path, rows: list[dict]) -> None:
+    "Writes rows into a JSON file, in place of those there that differ from one of them in results only."
+    identity = ("task", "setting", "value", "policy", "agent_seed", "policy_seed", "readout", "decisions", "seed")
+    key = lambda row: tuple(json.dumps(row.get(k)) for k in identity)
+    old = json.loads(path.read_text())["rows"] if path.exists() else []
+    new = set(map(key, rows))
+    write_json(path, {"rows": [row for row in old if key(row) not in new] + rows, "date": date.today().isoformat(), "machine": machine()})

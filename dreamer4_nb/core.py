@@ -220,16 +220,18 @@ def _restore(hint: typing.Any, value: typing.Any, where: str) -> typing.Any:
 Config = typing.TypeVar("Config")
 
 def from_dict(cls: type[Config], d: dict) -> Config:
-    "The dataclass `cls` made back from `to_dict`. `UserError` names unknown and missing keys and values of a wrong type."
+    """The dataclass `cls` made back from `to_dict`. A field that was added to it since takes its default. `UserError` names
+    unknown keys, missing ones that have no default, and values of a wrong type."""
     if not isinstance(d, dict):
         raise UserError(f"config of {cls.__name__} is {type(d).__name__}; expected a dictionary")
     hints = typing.get_type_hints(cls)
-    names = [field.name for field in dataclasses.fields(cls) if field.init]
-    unknown, missing = sorted(set(d) - set(names)), [name for name in names if name not in d]
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    unknown = sorted(set(d) - set(fields))
+    missing = [name for name, field in fields.items() if name not in d and field.default is field.default_factory is dataclasses.MISSING]
     if unknown or missing:
         raise UserError(f"config does not fit {cls.__name__}: unknown keys {unknown}, missing keys {missing}; "
                         "it was written for another kind of model or by another version")
-    return cls(**{name: _restore(hints[name], d[name], f"{cls.__name__}.{name}") for name in names})
+    return cls(**{name: _restore(hints[name], value, f"{cls.__name__}.{name}") for name, value in d.items()})
 
 # %% ../nbs/00_core.ipynb #cell-72
 def load_weights(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> None:

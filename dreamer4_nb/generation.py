@@ -115,13 +115,12 @@ def load_world(tokenizer=None, dynamics=None) -> WorldModel:
 # %% ../nbs/10_generation.ipynb #cell-21
 def pick_windows(latents, prefix: int, length: int, windows: int, seed: int):
     """Numbers of up to `windows` windows of `length` frames that begin before the task is solved: no reward arrives
-    with their first `prefix` frames, so that there is still something to predict. Spread over the episodes."""
+    with their first `prefix` frames, so that there is still something to predict. Of a task that rewards every frame, any
+    windows. Spread over the episodes."""
     index = Windows(latents, length, 1)
     rewards = index.store.arrays.column("rewards")
     unsolved = ~(rewards[index.starts[:, None] + np.arange(prefix)] > 0).any(1)
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved))
-    if not len(order):
-        raise UserError(f"no window of {length} frames has a prefix of {prefix} without reward; use shorter windows or other episodes")
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved | (not unsolved.any())))
     count, turn = Counter(), []
     for owner in index.owner[order]:
         turn.append(count[owner])

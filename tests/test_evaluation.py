@@ -8,6 +8,7 @@ from scipy import stats
 
 import dreamer4_nb.evaluation as evaluation
 from dreamer4_nb.core import UserError
+from dreamer4_nb.envs import TASKS, TaskInfo
 from dreamer4_nb.evaluation import (Records, bootstrap, closed_loop_rows, closed_loop_table, compare, evaluate_policy, interval, report,
                                     runs_interval, text_table)
 
@@ -24,7 +25,7 @@ def test_any_held_first():
     rewards[1, 2] = 1          # once, then lost
     rewards[2, 5:] = 2         # from decision 5 to the end
     rewards[3, 7] = 1          # only at the very end: the last quarter is two decisions
-    r = Records.of_rewards("p", "t", range(4), rewards)
+    r = Records.of_rewards("p", "ball_in_cup-catch", range(4), rewards)
     assert r.any.tolist() == [False, True, True, True]
     assert r.held.tolist() == [False, False, True, False]
     assert r.first.tolist() == [-1, 2, 5, 7]
@@ -124,7 +125,9 @@ class Corridor:
 
 
 @pytest.fixture
-def corridor(monkeypatch): monkeypatch.setattr(evaluation, "VectorEnv", Corridor)
+def corridor(monkeypatch):
+    monkeypatch.setattr(evaluation, "VectorEnv", Corridor)
+    monkeypatch.setitem(TASKS, "corridor", TaskInfo("corridor", "corridor", 1, "none"))
 
 
 def test_nothing_counts_after_the_end(corridor):
@@ -145,6 +148,12 @@ def test_what_a_policy_sees(corridor):
     policy = Peeks()
     evaluate_policy(policy, "corridor", [3, 4], decisions=2)
     assert policy.seen[1].tolist() == [[0.25, 3], [0.25, 4]]
+
+
+def test_a_dense_reward_counts_from_half_of_the_most():
+    rewards = np.array([[0.2, 0.9, 0.9, 0.9], [0.2, 1.1, 0.9, 1.1]])      # two control steps, each 1 at most
+    r = Records.of_rewards("p", "cartpole-swingup", [0, 1], rewards)
+    assert r.any.tolist() == [False, True] and r.held.tolist() == [False, True] and r.first.tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize("bad", [np.full((2, 1), np.nan), np.ones((3, 1)), np.ones(2)])

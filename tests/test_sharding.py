@@ -1,0 +1,97 @@
+"Weights spread over two and four ranks (FSDP2, HSDP): the run of one process, resumed on other ranks, continued after a kill."
+import json, os, subprocess, sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from safetensors.torch import load_file
+
+from dreamer4_nb.core import UserError, load_checkpoint
+from dreamer4_nb.dynamics import Dynamics, dynamics_loss
+from dreamer4_nb.training import Checkpoints, fit
+from toy_sharding import CONFIG, make_batch, make_config
+
+TOY = Path(__file__).parent / "toy_sharding.py"
+LIMIT = 600  # seconds, on a busy machine
+
+
+def torchrun(ranks, run_dir, *options, restarts=0):
+    "Exit status and output of the toy on so many ranks."
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
+               "--monitor-interval", "0.1", str(TOY), str(run_dir), *map(str, options)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)}
+    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    "The history and the weights of one process that takes all four batches of a step."
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("alone")
+    fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, make_batch, make_config(accumulate=4), folder, progress=False)
+    return folder
+
+
+def assert_same_run(folder, alone):
+    histories = [[json.loads(line) for line in (f / "toy.log.jsonl").read_text().splitlines()] for f in (folder, alone)]
+    assert [row["step"] for row in histories[0]] == list(range(1, 9))
+    for key in ("dynamics", "gradient"):
+        here, there = (torch.tensor([row[key] for row in history]) for history in histories)
+        torch.testing.assert_close(here, there, rtol=2e-4, atol=1e-5)
+    weights, wanted = (load_checkpoint(f / "toy.safetensors")[0] for f in (folder, alone))
+    assert weights.keys() == wanted.keys()
+    for key in wanted:
+        torch.testing.assert_close(weights[key], wanted[key], rtol=1e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("ranks, options", [(2, ("--shard", 0, "--accumulate", 2, "--recompute", 1)), (4, ("--shard", 2))])
+def test_spread_over_ranks_it_is_the_run_of_one_process(tmp_path, alone, ranks, options):
+    code, output = torchrun(ranks, tmp_path, *options)
+    assert code == 0, output
+    assert_same_run(tmp_path, alone)
+    step, = (tmp_path / "toy.train").iterdir()
+    assert step.name == "step-00000008" and len(list(step.glob("*.safetensors"))) == ranks
+    files = [load_file(path) for path in step.glob("*.safetensors")]
+    key = "weights.dynamics.embed_latent.weight"
+    held = 2 if ranks == 4 else ranks      # HSDP: a copy for each pair
+    assert all(state[key].shape[0] == 32 // held for state in files if key in state) and sum(key in state for state in files) == held
+
+
+def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_goes_on(tmp_path, alone):
+    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 6, restarts=1)
+    assert code == 0 and (tmp_path / "died").exists(), output
+    assert_same_run(tmp_path, alone)
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE).stdout == b""      # every rank is gone
+
+
+def test_a_run_of_four_ranks_goes_on_with_two_and_ends_with_one(tmp_path, alone):
+    code, output = torchrun(4, tmp_path, "--shard", 2, "--dies", 4)
+    assert code != 0
+    assert Checkpoints(tmp_path, "toy", 0, None).last().name == "step-00000002", output
+    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 1)
+    assert code != 0 and "batches a step was 4, now 2" in output
+    (tmp_path / "died").unlink()
+    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 4)      # step 6 of the run
+    assert code != 0
+    assert Checkpoints(tmp_path, "toy", 0, None).last().name == "step-00000004", output
+    fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, make_batch, make_config(accumulate=4), tmp_path, progress=False)
+    assert_same_run(tmp_path, alone)
+    assert not (tmp_path / "toy.train").exists() and (tmp_path / "toy.train.safetensors").exists()
+
+
+def test_a_save_that_was_cut_short_does_not_count(tmp_path):
+    kept = Checkpoints(tmp_path, "toy", 0, None)
+    for step, complete in ((2, True), (4, False)):
+        folder = tmp_path / "toy.train" / f"step-{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
+        if complete:
+            (folder / "about.json").write_text("{}")
+    assert kept.last().name == "step-00000002"
+
+
+def test_ranks_that_cannot_be_grouped_are_refused(tmp_path):
+    with pytest.raises(UserError, match="shard=3 does not divide"):
+        fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, make_batch, make_config(shard=3), tmp_path, progress=False)
