@@ -260,15 +260,17 @@ class Policy:
     """Acts from pixels, streaming: encode, commit, read h, choose (a batch of environments at once).
 
     `readout` is sample, mean or mode. `heads.policy` may be replaced by another policy head. It runs where the world's weights are.
+    `action_dim`: that of the environment where a model of several tasks has wider actions; the rest are zero, as in its data.
     UserError for an unknown read-out or task number.
     """
 
-    def __init__(self, world: WorldModel, heads: AgentHeads, readout: str = "sample", seed: int = 0, task: int = 0):
+    def __init__(self, world: WorldModel, heads: AgentHeads, readout: str = "sample", seed: int = 0, task: int = 0, action_dim: int | None = None):
         if readout not in ("sample", "mean", "mode"):
             raise UserError(f"unknown read-out {readout!r}; choose sample, mean or mode")
         if not 0 <= task < len(heads.config.tasks):
             raise UserError(f"task {task} is not one of the {len(heads.config.tasks)} that these heads know ({', '.join(heads.config.tasks)}); give its number there")
         self.world, self.heads, self.readout, self.seed, self.task = world, heads, readout, seed, task
+        self.action_dim = action_dim or heads.config.action_dim
 
     def reset(self, n: int):
         "Forgets everything; n environments follow."
@@ -289,7 +291,8 @@ class Policy:
         self.world.observe(self.dream, latents, self.action[:, None])
         choice = self.heads.policy(self.dream.h)
         self.action = choice.sample(self.generator) if self.readout == "sample" else getattr(choice, self.readout)()
-        return self.action.cpu().numpy()
+        self.action[:, self.action_dim:] = 0
+        return self.action[:, :self.action_dim].cpu().numpy()
 
 # %% ../nbs/12_agent.ipynb #cell-56
 def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainConfig, run_dir, batch: int = 32,

@@ -32,7 +32,7 @@ from .training import leave_ranks
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .scaling import bench, bench_table, matmul_peak
 from .presets import PRESETS, TINY, Preset
-from .chain import Run, closed_loop, cores, dream_study, finish, keep_rows, say, ship, study
+from .chain import Run, by_task, closed_loop, cores, dream_study, finish, keep_rows, say, ship, study
 
 # %% ../nbs/19_cli.ipynb #cell-9
 Name = Literal["tiny", "small", "micro"]
@@ -52,12 +52,12 @@ class Demo:
     def __call__(self):
         run = Run(self.run, self.settings)
         say(f"run folder {self.run}, {torch.get_num_threads()} threads; Ctrl-C stops, the same command goes on")
-        path = finish(run)
-        results = run._read("results.json")
-        say("\n" + text_table(closed_loop_table(results["closed_loop"])))
-        for c in results["pmpo_minus_cloning"]:
-            say(f"{c['a']} minus {c['b']}: {c['difference']:+.2f} [{c['interval'][0]:+.2f}, {c['interval'][1]:+.2f}], p {c['p']:.2g}")
-        say(f"\nthe report, one file to open in a browser: {path}")
+        for path in finish(run):
+            results = json.loads((path.parent / "results.json").read_text())
+            say(f"\n{results['task']}\n{text_table(closed_loop_table(results['closed_loop']))}")
+            for c in results["pmpo_minus_cloning"]:
+                say(f"{c['a']} minus {c['b']}: {c['difference']:+.2f} [{c['interval'][0]:+.2f}, {c['interval'][1]:+.2f}], p {c['p']:.2g}")
+            say(f"the report, one file to open in a browser: {path}")
 
 # %% ../nbs/19_cli.ipynb #cell-11
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ class Evaluate:
         run.preset = replace(run.preset, workers=self.workers, evaluation=replace(
             run.preset.evaluation, episodes=self.episodes, decisions=self.decisions, readouts=self.readouts, first_seed=self.first_seed,
             demonstrator=self.demonstrator, videos=0))
-        say(text_table(closed_loop_table(closed_loop_rows(closed_loop(run)))))
-        say(f"episode by episode: {self.run / 'episodes'}")
+        for view in by_task(run):
+            say(f"{view.task}\n{text_table(closed_loop_table(closed_loop_rows(closed_loop(view))))}")
+            say(f"episode by episode: {view.place / 'episodes'}")
 
 # %% ../nbs/19_cli.ipynb #cell-16
 @dataclass(frozen=True)

@@ -121,8 +121,8 @@ def task_info(task: str) -> TaskInfo:
 
 # %% ../nbs/05_envs.ipynb #cell-21
 def solved(task: str, rewards) -> np.ndarray:
-    "Whether each decision brought at least half of the reward that one can, (...) bool, from rewards (...) of decisions."
-    return np.asarray(rewards) >= task_info(task).action_repeat / 2
+    "Whether each decision brought at least half of the reward that one can (of a task not in `TASKS`: any at all), (...) bool, from rewards (...)."
+    return np.asarray(rewards) >= TASKS[task].action_repeat / 2 if task in TASKS else np.asarray(rewards) > 0
 
 # %% ../nbs/05_envs.ipynb #cell-30
 @functools.cache

@@ -232,7 +232,8 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     actions, which are those of the real episode; a white bar under the right half marks the frames it was shown.
     """
     device = policy.world.dynamics.latent_mean.device
-    led_to = torch.cat([torch.zeros(1, actions.shape[-1]), torch.as_tensor(actions, dtype=torch.float32)]).to(device)
+    led_to = torch.zeros(len(frames), policy.heads.config.action_dim, device=device)
+    led_to[1:, :actions.shape[-1]] = torch.as_tensor(actions, dtype=torch.float32)
     latents = policy.world.tokenizer.encode(to_float(torch.as_tensor(frames, device=device))[None])
     agent = policy.heads.tokens(torch.tensor([policy.task], device=device)) if policy.world.dynamics.config.n_agent else None
     known = (torch.arange(len(frames), device=device) > 0)[None]
@@ -362,12 +363,12 @@ def findings(results: dict) -> list[str]:
 def report(run_dir) -> Path:
     """Writes `report.html` into a run folder and returns its path: one file, nothing loaded from elsewhere.
 
-    Reads results.json (closed_loop, tokenizer, dream, phases), config.json and figures/SECTION-*.png and .webp, each
+    Reads results.json (closed_loop, tokenizer, dream, phases, preset) and figures/SECTION-*.png and .webp, each
     captioned by results["captions"]. Raises UserError when there are no results.
     """
     run_dir = Path(run_dir)
     try:
-        results, config = (json.loads((run_dir / f"{name}.json").read_text()) for name in ("results", "config"))
+        results = json.loads((run_dir / "results.json").read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"no results to report in {run_dir} ({error}); run `dreamer4 demo --run {run_dir}` first") from None
     captions, pictures, parts = results.get("captions", {}), sorted((run_dir / "figures").glob("*-*.*")), []
@@ -385,7 +386,7 @@ def report(run_dir) -> Path:
     total = sum(minutes.values())
     parts.append("<h2>Where the time went</h2>" + _table([{"phase": k, "minutes": f"{v:.1f}"} for k, v in (minutes | {"all": total}).items()]))
     parts.append(f"<h2>Machine and configuration</h2>{_table([results['machine']])}" if results.get("machine") else "")
-    parts.append(f"<details><summary>every setting</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre></details>")
+    parts.append(f"<details><summary>every setting</summary><pre>{html.escape(json.dumps(results.get('preset', {}), indent=1))}</pre></details>")
     task, lines = html.escape(str(results.get("task", ""))), "".join(f"<li>{html.escape(line)}" for line in findings(results))
     page = (f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Dreamer 4 on {task}</title><style>{STYLE}</style>'
             f"<h1>Dreamer 4 on {task}</h1><p class=note>{total:.0f} minutes from frames to a policy.</p><ul>{lines}</ul>{''.join(parts)}</html>")

@@ -18,6 +18,7 @@ from .core import UserError, check_shape, to_uint8
 from .shortcut import shortcut_step
 from .forcing import Schedule, noise_context
 from .blocks import KVCache
+from .envs import object_pixels, solved
 from .data import Windows
 from .tokenizer import BALL_SCORE, Tokenizer, ball_metrics, ball_position, image_metrics, load_tokenizer
 from .dynamics import Dynamics, load_dynamics
@@ -114,13 +115,14 @@ def load_world(tokenizer=None, dynamics=None) -> WorldModel:
 
 # %% ../nbs/10_generation.ipynb #cell-21
 def pick_windows(latents, prefix: int, length: int, windows: int, seed: int):
-    """Numbers of up to `windows` windows of `length` frames that begin before the task is solved: no reward arrives
-    with their first `prefix` frames, so that there is still something to predict. Of a task that rewards every frame, any
-    windows. Spread over the episodes."""
+    """Numbers of up to `windows` windows of `length` frames that begin before the task is `solved`, so that there is still
+    something to predict: none of their first `prefix` frames is. Spread over the episodes. `latents` are of one task."""
     index = Windows(latents, length, 1)
     rewards = index.store.arrays.column("rewards")
-    unsolved = ~(rewards[index.starts[:, None] + np.arange(prefix)] > 0).any(1)
-    order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved | (not unsolved.any())))
+    unsolved = ~solved(index.tasks[int(index.store.task_ids[0])], rewards[index.starts[:, None] + np.arange(prefix)]).any(1)
+    order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved))
+    if not len(order):
+        raise UserError(f"no window of {length} frames begins with {prefix} in which the task is not solved; use shorter windows or other episodes")
     count, turn = Counter(), []
     for owner in index.owner[order]:
         turn.append(count[owner])
@@ -164,7 +166,6 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
     frames, pixels = Windows(store, length, 1, memory=0).at(numbers).frames, None
     task = store.tasks[int(data.task[0])]
     if task.startswith("ball_in_cup") and data.states is not None:
-        from dreamer4_nb.envs import object_pixels
         pixels = torch.as_tensor(object_pixels(task, data.states.flatten(0, 1).cpu().numpy()), dtype=torch.float32)
         pixels = pixels.unflatten(0, (-1, length))[:, new]
 

@@ -77,9 +77,9 @@ class EvaluationPhase:
 @dataclass(frozen=True)
 class Preset:
     "Every setting of a run."
-    task: str = "ball_in_cup-catch"   # a name of dreamer4_nb.envs.TASKS that has demonstrations
-    data: str = "shipped"             # shipped, or a store (.zarr) made by `dreamer4 collect`
-    episodes: int | None = None       # use only the first so many episodes
+    tasks: tuple[str, ...] = ("ball_in_cup-catch",)  # names of dreamer4_nb.envs.TASKS that have demonstrations; one model learns all of them
+    data: str = "shipped"             # shipped, or stores made by `dreamer4 collect`: a .zarr, or several by a pattern ('parts-*.zarr')
+    episodes: int | None = None       # use only the first so many episodes (shipped: of each task)
     held_out: float = 0.1             # share of episodes that no phase trains on
     seed: int = 0                     # added to the training seed of every phase
     workers: int = 2                  # processes that step and draw environments
@@ -102,10 +102,11 @@ def dictated(model, **values):
 # %% ../nbs/17_presets.ipynb #cell-14
 def linked(preset: Preset) -> Preset:
     "The preset with what one part dictates to another filled in: sizes of latents and actions, widths, task, training seeds."
-    info, tokens, dynamics = task_info(preset.task), preset.tokenizer.model, preset.dynamics.model
+    tokens, dynamics = preset.tokenizer.model, preset.dynamics.model
+    action_dim = max(task_info(task).action_dim for task in preset.tasks)      # what a task lacks is zero
     models = {"tokenizer": tokens, "imagination": preset.imagination.model,
-              "dynamics": dictated(dynamics, n_latents=tokens.n_latents, d_latent=tokens.d_latent, action_dim=info.action_dim, n_agent=0),
-              "agent": dictated(preset.agent.model, width=dynamics.transformer.width, action_dim=info.action_dim, tasks=(preset.task,))}
+              "dynamics": dictated(dynamics, n_latents=tokens.n_latents, d_latent=tokens.d_latent, action_dim=action_dim, n_agent=0),
+              "agent": dictated(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim, tasks=preset.tasks)}
     phases = {name: getattr(preset, name) for name in models}
     return replace(preset, **{name: replace(phase, model=models[name], train=replace(phase.train, seed=phase.train.seed + preset.seed))
                               for name, phase in phases.items()})

@@ -285,7 +285,7 @@ def load_tokenizer(path=None) -> Tokenizer:
 @torch.no_grad()
 def encode_store(store, tokenizer: Tokenizer, path):
     "Encodes every episode once, as one causal stream; returns the LatentStore at `path`."
-    return LatentStore.encode(store, tokenizer.encode, path)
+    return LatentStore.encode(store, tokenizer.encode, path, device=tokenizer.mean_frame.device)
 
 # %% ../nbs/08_tokenizer.ipynb #cell-62
 BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)

@@ -86,7 +86,7 @@ def test_doctor(capsys):
 
 
 def test_unknown_task(tmp_path, capsys):
-    assert main(["demo", "--task", "ball_in_cup-throw", "--run", str(tmp_path)]) == 2
+    assert main(["demo", "--tasks", "ball_in_cup-throw", "--run", str(tmp_path)]) == 2
     one_line(capsys, "ball_in_cup-throw", "ball_in_cup-catch")
     assert not list(tmp_path.iterdir())
 
@@ -182,7 +182,7 @@ def test_shipping_a_run_keeps_its_weights_to_half_precision(finished, tmp_path):
                        (load_agent(finished / "agent.safetensors")[0], load_agent(written[2])[0])):
         for a, b in zip(made.state_dict().values(), kept.state_dict().values()):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    assert json.loads(written[-1].read_text())["preset"]["task"] == "ball_in_cup-catch"
+    assert json.loads(written[-1].read_text())["preset"]["tasks"] == ["ball_in_cup-catch"]
 
 
 def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):

@@ -178,7 +178,6 @@ def test_table_and_report(tmp_path):
         report(tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "tokenizer-frames.png").write_bytes(b"png")
-    (tmp_path / "config.json").write_text("{}")
     (tmp_path / "results.json").write_text(json.dumps({"task": "corridor", "closed_loop": rows, "phases": {"tokenizer": {"seconds": 90}},
                                                        "captions": {"tokenizer-frames": "a caption"}}))
     page = report(tmp_path).read_text()

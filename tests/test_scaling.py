@@ -1,20 +1,22 @@
 "Shapes, counts and the benchmark's bookkeeping. No test asserts a speed."
 import itertools, json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamer4_nb import scaling
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb import blocks, scaling
+from dreamer4_nb.blocks import BlockCausalTransformer, TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation import text_table
 from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.scaling import (LOSSES, SHAPES, Shape, Timing, bench, bench_table, build, costs, count_flops, count_parameters, exponent, growth,
-                                 matmul_peak, measure, pick_shape, random_batches, saved_bytes,
-                                 training_step)
+from dreamer4_nb.scaling import (LOSSES, MACHINES, SHAPES, Machine, Shape, Timing, activations, bench, bench_table, best_way, build, costs,
+                                 count_flops, count_parameters, exponent, forward_flops, growth, matmul_peak, measure, pick_shape, predict,
+                                 random_batches, saved_bytes, stream_bound, training_step)
 from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training import TrainConfig, fit
 
@@ -271,3 +273,151 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient():
     assert kept_again < 0.4 * kept
     for a, b in zip(plain, recomputed):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+# Memory and time foretold
+
+WIDE = TransformerConfig(width=64, depth=4, heads=4, kv_heads=2, time_every=4, context=8)
+FORETOLD = {
+    "plain": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=WIDE), DynamicsConfig(n_latents=8, d_latent=8, pack=1, transformer=WIDE), 4, 8, 1, 1),
+    "clips longer than the context": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, time_every=2)),
+                                           DynamicsConfig(n_latents=8, d_latent=8, pack=2, image_rows=0.3, transformer=WIDE), 2, 12, 1, 1),
+    "committed": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, mask_max=0.0, transformer=replace(WIDE, depth=2, time_every=2)),
+                       DynamicsConfig(n_latents=8, d_latent=8, pack=4, committed=True, transformer=replace(WIDE, time_every=2)), 4, 8, 1, 1, clips=(6, 2)),
+    "soft cap": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, softcap=10.0)),
+                      DynamicsConfig(n_latents=8, d_latent=8, pack=1, n_registers=7, transformer=replace(WIDE, softcap=10.0)), 4, 8, 1, 1)}
+
+
+def kept(shape, dtype, recompute):
+    "What autograd really keeps of one loss of each model."
+    data, out = random_batches(shape, CPU), {}
+    for name, module in zip(LOSSES, build(shape, CPU)):
+        for part in module.modules():
+            if isinstance(part, BlockCausalTransformer):
+                part.recompute = recompute
+        with autocast(CPU, dtype):
+            out[name] = saved_bytes(lambda: LOSSES[name]({name: module}, data[name], torch.Generator().manual_seed(0)), module)
+    return out
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FORETOLD)
+def test_activations_are_what_autograd_keeps(name, dtype, recompute):
+    found, measured = activations(FORETOLD[name], dtype == torch.bfloat16, recompute=recompute), kept(FORETOLD[name], dtype, recompute)
+    assert found["tokenizer"][0] == pytest.approx(measured["tokenizer"], rel=0.04)
+    assert found["dynamics"][0] == pytest.approx(measured["dynamics"], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype, recompute", [(torch.float32, False), (torch.bfloat16, True)])
+def test_activations_of_the_papers_shape(monkeypatch, dtype, recompute):
+    "Fake tensors: the true loss of the true models, 250 GB of activations, none of them stored."
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)     # looks at values
+    with FakeTensorMode():
+        measured = kept(SHAPES["paper"], dtype, recompute)
+    found = activations("paper", dtype == torch.bfloat16, recompute=recompute)
+    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
+
+
+def gpu_attend(q, k, v, mask=None, softcap=0.0, causal=False):
+    "`attend` with the operations that a GPU would run, on fake tensors."
+    flat = [x.flatten(0, -4) for x in (q, k, v)]
+    if mask is None:
+        return torch.ops.aten._scaled_dot_product_flash_attention(*flat, 0.0, causal, False)[0].view(q.shape)
+    flat[1:] = [x.repeat_interleave(q.shape[-3] // k.shape[-3], 1) for x in flat[1:]]
+    mask = mask.expand(*q.shape[:-3], 1, q.shape[-2], k.shape[-2]).flatten(0, -4)
+    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf).expand(-1, flat[0].shape[1], -1, -1)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(*flat, bias, True)[0].view(q.shape)
+
+
+@pytest.mark.parametrize("name", ["peers", "paper"])
+def test_activations_with_a_gpus_attention(monkeypatch, name):
+    "With and without a mask along time (image rows), with heads that share keys and values and without."
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)
+    monkeypatch.setattr(blocks, "attend", gpu_attend)
+    with FakeTensorMode():
+        measured = kept(SHAPES[name], torch.bfloat16, False)
+    found = activations(name, half=True, fused=True)
+    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
+
+
+@pytest.mark.parametrize("name, numbers", [("base", [114_135_008, 307_635_744]), ("paper", [406_492_944, 1_588_796_448])])
+def test_parameters_to_the_last_one(name, numbers):
+    assert [count_parameters(m) for m in build(SHAPES[name], META)] == numbers
+
+
+def test_state_is_16_bytes_a_parameter_and_shared_evenly():
+    whole = predict("paper", "H100")
+    for n in (2, 8, 64):
+        part = predict("paper", "H100", n, n, ema=True)
+        for k, module in zip(LOSSES, build(SHAPES["paper"], META)):
+            state = sum(part[k][key] for key in ("weights", "gradients", "moments"))
+            assert state == pytest.approx(16e-9 * count_parameters(module) / n)
+            assert state == pytest.approx(sum(whole[k][key] for key in ("weights", "gradients", "moments")) / n)
+            assert part[k]["average"] == pytest.approx(4e-9 * count_parameters(module) / n) and whole[k]["average"] == 0
+
+
+def test_sharing_over_a_node_is_hsdp():
+    "The state depends on the shard only; gradients of the groups are added up through the network."
+    node, many = predict("paper", "H100", 8, 8), predict("paper", "H100", 64, 8)
+    n = count_parameters(build(SHAPES["paper"], META)[1])
+    assert many["dynamics"]["memory"] == node["dynamics"]["memory"]
+    assert node["dynamics"]["exchange"] == pytest.approx(8 * n * 7 / 8 / 450e9)            # two bytes gathered twice, four added up once
+    assert many["dynamics"]["exchange"] - node["dynamics"]["exchange"] == pytest.approx(2 * 4 * n / 8 * 7 / 8 / 50e9)
+    assert predict("paper", "H100", 8, 0) == node
+
+
+def test_ddp_adds_up_all_gradients():
+    alone, both = predict(MICRO, "H100"), predict(MICRO, "H100", 2)
+    for k, module in zip(LOSSES, build(MICRO, META)):
+        n = count_parameters(module)
+        assert both[k]["exchange"] == pytest.approx(2 * 4 * n / 2 / 450e9) and alone[k]["exchange"] == 0
+        assert both[k]["gathered"] == pytest.approx(4e-9 * n) and both[k]["frames"] == 2 * alone[k]["frames"]
+
+
+def test_the_teacher_gathers_weights_as_well():
+    n = count_parameters(build(MICRO, META)[1])
+    assert predict(MICRO, "H100", 4, 4)["dynamics"]["exchange"] == pytest.approx((4 * 2 + 4) * n * 3 / 4 / 450e9)
+
+
+def test_products_take_flops_over_what_is_reached():
+    machine = Machine("of a test", peak_bf16=2.0, peak_fp32=1.0, memory=1, bandwidth=1, link=1, network=1, reach=0.5, moves=0, start=0)
+    row = costs(MICRO)["dynamics"]
+    plain, again = predict(MICRO, machine), predict(MICRO, machine, recompute=True)
+    assert plain["dynamics"]["products"] == pytest.approx(row["step_gflops"] / 1e3)
+    assert again["dynamics"]["products"] == pytest.approx(row["step_gflops"] / 1e3 * (4 + 0.5) / (3 + 0.5))      # a quarter of the rows has a teacher
+    assert plain["dynamics"]["traffic"] == pytest.approx(28e-9 * row["parameters"])
+    assert predict(MICRO, machine, dtype="float32")["dynamics"]["products"] == pytest.approx(2 * row["step_gflops"] / 1e3)
+
+
+@pytest.mark.parametrize("file", ["peers", "peers_compiled", "peers_float32", "tiny", "tiny_float32"])
+def test_predicted_steps_against_measured_ones(file):
+    "With the constants that all these files gave; the notebook leaves each out in turn."
+    r = json.loads((Path(__file__).parent.parent / "nbs" / "results" / f"bench_{file}.json").read_text())
+    machine = replace(MACHINES["2 CPU cores"], peak_bf16=r["peak_gflops_bf16"] / 1e3, peak_fp32=r["peak_gflops_fp32"] / 1e3)
+    for name, row in predict(r["shape"], machine, dtype=r["dtype"]).items():
+        assert 0.65 < row["step"] / (row["frames"] / r[f"{name}_train_fps"]) < 1.35
+
+
+@pytest.mark.parametrize("wrong", [dict(devices=8, shard=3), dict(devices=0), dict(machine="abacus"), dict(shape="huge"), dict(dtype="float8")])
+def test_what_cannot_be_predicted_is_said(wrong):
+    with pytest.raises(UserError):
+        predict(**(dict(shape="tiny", machine="H100") | wrong))
+
+
+def test_best_way_fits_and_is_the_plainest():
+    found = best_way("paper", "H100")
+    assert {k: r["way"] for k, r in found.items()} == {"tokenizer": "recompute", "dynamics": "recompute"}
+    assert best_way("paper", "RTX 4090") == {"tokenizer": None, "dynamics": None}
+    assert {r["way"] for r in best_way("tiny", "H100", 8).values()} == {"plain"}
+    tight = replace(MACHINES["H100"], memory=found["dynamics"]["memory"] / 0.9 * 0.99)
+    assert best_way("paper", tight)["dynamics"] is None
+
+
+def test_one_more_frame_reads_weights_and_cache_in_every_pass():
+    machine = Machine("slow memory", peak_bf16=1e9, peak_fp32=1e9, memory=1, bandwidth=2, link=1, network=1)
+    transformer, found = build(MICRO, META)[1].transformer, stream_bound(MICRO, machine)
+    read = 2 * count_parameters(transformer) + transformer.init_cache(1, META, torch.bfloat16).nbytes
+    assert found["frame"] == pytest.approx(1e3 * 5 * read / 2e9)                            # four denoising steps and the commit
+    assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, reach=0.5))["frame"] == pytest.approx(
+        1e3 * 5 * forward_flops(transformer, 5) / 0.5e9)
