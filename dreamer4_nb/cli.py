@@ -35,7 +35,7 @@ from .presets import PRESETS, TINY, Preset
 from .chain import Run, by_task, closed_loop, cores, dream_study, finish, keep_rows, say, ship, study
 
 # %% ../nbs/19_cli.ipynb #cell-9
-Name = Literal["tiny", "small", "micro"]
+Name = Literal["tiny", "small", "base", "paper", "micro"]
 Settings = Annotated[Preset, tyro.conf.arg(name="")]
 
 
@@ -46,7 +46,7 @@ class Demo:
     Stop it at any moment; the same command goes on where it stopped. Every setting below may be overridden.
     """
     run: Path = Path("runs/demo")  # folder for checkpoints, logs, results.json and report.html
-    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), small (one GPU, an hour), micro (a minute, learns nothing)
+    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), small (one GPU, an hour), base and paper (many GPUs, days), micro (a minute, learns nothing)
     settings: Settings = TINY
 
     def __call__(self):
@@ -62,7 +62,10 @@ class Demo:
 # %% ../nbs/19_cli.ipynb #cell-11
 @dataclass(frozen=True)
 class Train:
-    "Trains one phase of a run folder, which must hold the phases before it. Under torchrun: torchrun -m dreamer4_nb.cli train ..."
+    """Trains one phase of a run folder, which must hold the phases before it.
+
+    On eight GPUs: torchrun --standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.cli train dynamics --preset base --run runs/base
+    """
     phase: tyro.conf.Positional[Literal["tokenizer", "dynamics", "agent", "imagination"]]  # which
     run: Path = Path("runs/demo")  # the run folder
     preset: Name = "tiny"          # where the settings start from

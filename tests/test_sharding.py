@@ -95,3 +95,16 @@ def test_a_save_that_was_cut_short_does_not_count(tmp_path):
 def test_ranks_that_cannot_be_grouped_are_refused(tmp_path):
     with pytest.raises(UserError, match="shard=3 does not divide"):
         fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, make_batch, make_config(shard=3), tmp_path, progress=False)
+
+
+def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path):
+    from dreamer4_nb.cli import Train
+    line = next(line for line in Train.__doc__.splitlines() if "torchrun" in line).partition("torchrun ")[2]
+    assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.cli train dynamics --preset base --run ")
+    line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
+    for phase in ("tokenizer", "dynamics"):
+        command = line.replace("train dynamics", f"train {phase}").split() + ["--run", str(tmp_path), f"--{phase}.train.shard", "0", "--episodes", "4"]
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)},
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
+        assert done.returncode == 0, done.stdout
+        assert (tmp_path / f"{phase}.safetensors").exists() and (tmp_path / f"{phase}.train").exists()
