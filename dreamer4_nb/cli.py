@@ -132,7 +132,8 @@ class Study:
             else:
                 rows = study(run, self.agents, self.policies, self.episodes, self.decisions, self.readouts, self.setting, value)
             keep_rows(path, rows)
-            say(text_table([{k: f"{v:.2f}" if isinstance(v, float) else str(v) for k, v in row.items() if v is not None and not isinstance(v, dict)} for row in rows]))
+            shown = [k for k, v in rows[-1].items() if v is not None and not isinstance(v, dict)]
+            say(text_table([{k: "" if row[k] is None else f"{row[k]:.2f}" if isinstance(row[k], float) else str(row[k]) for k in shown} for row in rows]))
         say(f"{path}")
 
 
