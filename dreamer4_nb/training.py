@@ -332,6 +332,9 @@ class Checkpoints:
                 shutil.rmtree(self.folder, ignore_errors=True)
             return
         place = self.folder / f"step-{about['step']:08d}"
+        if self.rank == 0:
+            shutil.rmtree(place, ignore_errors=True)      # of a save cut short, perhaps by more ranks
+        dist.barrier(self.group)
         writer = HuggingFaceStorageWriter(str(place), save_distributed=True)
         self.pending = dcp.async_save(state, storage_writer=writer, process_group=self.group)
         if self.rank == 0:

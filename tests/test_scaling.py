@@ -1,4 +1,4 @@
-"Shapes, counts and the benchmark's bookkeeping. No test asserts a speed."
+"The clock, the benchmark's bookkeeping, and predictions against stored runs. No test asserts a speed."
 import itertools, json
 from dataclasses import replace
 from pathlib import Path
@@ -6,21 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamer4_nb import blocks, scaling
-from dreamer4_nb.blocks import BlockCausalTransformer, TransformerConfig
+from dreamer4_nb import scaling
+from dreamer4_nb.blocks import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear
+from dreamer4_nb.costs import LOSSES, MACHINES, Shape, build, count_parameters, predict, random_batches
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation import text_table
 from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.scaling import (LOSSES, MACHINES, SHAPES, Machine, Shape, Timing, activations, bench, bench_table, best_way, build, costs,
-                                 count_flops, count_parameters, exponent, forward_flops, growth, matmul_peak, measure, pick_shape, predict,
-                                 random_batches, saved_bytes, stream_bound, training_step)
+from dreamer4_nb.scaling import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
 from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training import TrainConfig, fit
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
 THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
 MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
               batch=4, length=6, context=2, generated=2)
@@ -32,92 +30,6 @@ KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps",
 @pytest.fixture(scope="module")
 def result():
     return bench(MICRO, seconds=0.05, device="cpu", dtype="float32")
-
-
-# Shapes
-
-def test_peers_is_the_shape_of_the_table():
-    s = SHAPES["peers"]
-    t, d = s.tokenizer, s.dynamics
-    assert (t.image, t.patch, t.n_latents, t.d_latent, t.mask_max) == (64, 8, 32, 128, 0.9)
-    assert (d.n_latents, d.d_latent, d.pack, d.n_tokens, d.bootstrap_share) == (32, 128, 1, 32, 0.25)
-    assert (d.schedule.k_max, d.schedule.steps) == (64, 4)
-    for c in (t.transformer, d.transformer):
-        assert (c.width, c.depth, c.heads, c.head_dim, c.time_every) == (256, 4, 4, 64, 4)
-    assert d.transformer.kv_heads == 2 and d.transformer.context == 17            # one more frame sees 16 before it
-    assert (s.batch, s.length, s.context, s.generated) == (4, 16, 4, 12) and s.tokenizer_clips == (4, 16)
-
-
-def test_paper_has_the_papers_sizes():
-    s = SHAPES["paper"]
-    tokenizer, dynamics = (count_parameters(m) for m in build(s, META))
-    assert abs(tokenizer / 400e6 - 1) < 0.05 and abs(dynamics / 1.6e9 - 1) < 0.05
-    assert (s.dynamics.n_tokens, s.dynamics.d_token, s.dynamics.transformer.context) == (256, 32, 192)
-
-
-def layer_parameters(c):
-    attention = c.width * (c.heads + 2 * c.kv_heads) * c.head_dim + (c.heads + c.kv_heads) * c.head_dim + c.width ** 2
-    return attention + 3 * c.width * c.hidden + 2 * c.width
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_parameters_on_the_meta_device(name):
-    tokenizer, dynamics = build(SHAPES[name], META)
-    assert all(x.is_meta for module in (tokenizer, dynamics) for x in itertools.chain(module.parameters(), module.buffers()))
-    for part in (tokenizer.encoder, tokenizer.decoder, dynamics.transformer):
-        assert count_parameters(part) == part.config.depth * layer_parameters(part.config) + part.config.width
-
-
-def test_meta_models_have_the_parameters_of_real_ones():
-    for bare, real in zip(build(MICRO, META), build(MICRO, CPU)):
-        assert {k: p.shape for k, p in bare.named_parameters()} == {k: p.shape for k, p in real.named_parameters()}
-
-
-def test_shapes_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match="make them equal"):
-        replace(MICRO, dynamics=replace(MICRO.dynamics, n_latents=8))
-    with pytest.raises(UserError, match="1 or more"):
-        replace(MICRO, length=0)
-    with pytest.raises(UserError, match="choose one of peers, tiny, small, base, paper"):
-        pick_shape("huge")
-    assert pick_shape("tiny") is SHAPES["tiny"] and pick_shape(MICRO) is MICRO
-
-
-# FLOPs and memory
-
-def counted(shape, name):
-    module = dict(zip(LOSSES, build(shape, CPU)))[name]
-    return count_flops(training_step(name, module, random_batches(shape, CPU)[name], TrainConfig(), CPU, torch.float32))
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25, 0.5])
-def test_flops_of_a_dynamics_step_are_those_on_paper(share):
-    "Every linear layer and both attention products, three times; the teacher's two forwards on its rows."
-    c = replace(MICRO.dynamics, n_latents=24, bootstrap_share=share)
-    s = replace(MICRO, tokenizer=replace(MICRO.tokenizer, n_latents=24), dynamics=c)
-    w, tokens, t = THIN.width, 24 + c.n_registers + 2, s.length
-    asked, asking = w * 2 * 16, w * 2 * 16 + w * w + 3 * w * THIN.hidden    # two heads, one for keys and values; 16 channels each
-    inside = 2 * tokens * (asked + asking) + 4 * w * tokens * tokens        # layers 0, 1 and 2
-    along = tokens * (2 * (asked + asking) + 4 * w * t)                     # layer 3
-    expected = (3 + 2 * share) * (3 * inside + along + 4 * 24 * 8 * w) * s.batch * t
-    assert counted(s, "dynamics") == pytest.approx(expected, rel=0.05)
-    assert costs(s)["dynamics"]["step_gflops"] * 1e9 == pytest.approx(expected, rel=0.01)
-
-
-def test_tokenizer_step_needs_no_more_than_on_paper():
-    assert 0.97 < counted(MICRO, "tokenizer") / (costs(MICRO)["tokenizer"]["step_gflops"] * 1e9) < 1.03
-
-
-def test_costs_of_state_and_cache():
-    row = costs(MICRO)["dynamics"]
-    assert row["state_mb"] == 16 * row["parameters"] / 1e6
-    tracks = 4 + MICRO.dynamics.n_registers + 2
-    assert row["cache_mb"] == 2 * 2 * 1 * tracks * 1 * 5 * 16 / 1e6              # keys and values, 2 bytes, one time layer, one key-value head
-
-
-def test_saved_bytes_counts_a_storage_once_and_no_weights():
-    layer, x = torch.nn.Linear(5, 4, bias=False), torch.randn(3, 5)
-    assert saved_bytes(lambda: layer(x) + layer(x), layer) == 4 * 3 * 5
 
 
 # Timing
@@ -228,6 +140,8 @@ def test_growth_along_an_unknown_axis():
         growth("height", (1, 2))
 
 
+# Ways to compute
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_compiled_and_half_precision_streams_are_the_plain_one(dtype, tolerance):
     "A dream of unit scale, float32 and eager, against compiled layers and weights cast once; the ring is filled and rolls."
@@ -262,133 +176,7 @@ def test_compiled_or_recomputed_training_is_plain_training(way):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][2]
 
 
-def test_recomputed_layers_keep_less_and_give_the_same_gradient():
-    model, batch, found = Dynamics(replace(MICRO.dynamics, bootstrap_share=0.0)), random_batches(MICRO, CPU)["dynamics"], []
-    torch.nn.init.normal_(model.to_latent.weight, std=0.2)
-    loss = lambda: dynamics_loss({"dynamics": model}, batch, torch.Generator().manual_seed(0))[0]["dynamics"]
-    for recompute in (False, True):
-        model.transformer.recompute = recompute
-        found.append((saved_bytes(loss, model), torch.autograd.grad(loss(), list(model.transformer.parameters()))))
-    (kept, plain), (kept_again, recomputed) = found
-    assert kept_again < 0.4 * kept
-    for a, b in zip(plain, recomputed):
-        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
-
-
-# Memory and time foretold
-
-WIDE = TransformerConfig(width=64, depth=4, heads=4, kv_heads=2, time_every=4, context=8)
-FORETOLD = {
-    "plain": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=WIDE), DynamicsConfig(n_latents=8, d_latent=8, pack=1, transformer=WIDE), 4, 8, 1, 1),
-    "clips longer than the context": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, time_every=2)),
-                                           DynamicsConfig(n_latents=8, d_latent=8, pack=2, image_rows=0.3, transformer=WIDE), 2, 12, 1, 1),
-    "committed": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, mask_max=0.0, transformer=replace(WIDE, depth=2, time_every=2)),
-                       DynamicsConfig(n_latents=8, d_latent=8, pack=4, committed=True, transformer=replace(WIDE, time_every=2)), 4, 8, 1, 1, clips=(6, 2)),
-    "soft cap": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, softcap=10.0)),
-                      DynamicsConfig(n_latents=8, d_latent=8, pack=1, n_registers=7, transformer=replace(WIDE, softcap=10.0)), 4, 8, 1, 1)}
-
-
-def kept(shape, dtype, recompute):
-    "What autograd really keeps of one loss of each model."
-    data, out = random_batches(shape, CPU), {}
-    for name, module in zip(LOSSES, build(shape, CPU)):
-        for part in module.modules():
-            if isinstance(part, BlockCausalTransformer):
-                part.recompute = recompute
-        with autocast(CPU, dtype):
-            out[name] = saved_bytes(lambda: LOSSES[name]({name: module}, data[name], torch.Generator().manual_seed(0)), module)
-    return out
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FORETOLD)
-def test_activations_are_what_autograd_keeps(name, dtype, recompute):
-    found, measured = activations(FORETOLD[name], dtype == torch.bfloat16, recompute=recompute), kept(FORETOLD[name], dtype, recompute)
-    assert found["tokenizer"][0] == pytest.approx(measured["tokenizer"], rel=0.04)
-    assert found["dynamics"][0] == pytest.approx(measured["dynamics"], rel=0.01)
-
-
-@pytest.mark.parametrize("dtype, recompute", [(torch.float32, False), (torch.bfloat16, True)])
-def test_activations_of_the_papers_shape(monkeypatch, dtype, recompute):
-    "Fake tensors: the true loss of the true models, 250 GB of activations, none of them stored."
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)     # looks at values
-    with FakeTensorMode():
-        measured = kept(SHAPES["paper"], dtype, recompute)
-    found = activations("paper", dtype == torch.bfloat16, recompute=recompute)
-    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
-
-
-def gpu_attend(q, k, v, mask=None, softcap=0.0, causal=False):
-    "`attend` with the operations that a GPU would run, on fake tensors."
-    flat = [x.flatten(0, -4) for x in (q, k, v)]
-    if mask is None:
-        return torch.ops.aten._scaled_dot_product_flash_attention(*flat, 0.0, causal, False)[0].view(q.shape)
-    flat[1:] = [x.repeat_interleave(q.shape[-3] // k.shape[-3], 1) for x in flat[1:]]
-    mask = mask.expand(*q.shape[:-3], 1, q.shape[-2], k.shape[-2]).flatten(0, -4)
-    bias = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill(~mask, -torch.inf).expand(-1, flat[0].shape[1], -1, -1)
-    return torch.ops.aten._scaled_dot_product_efficient_attention(*flat, bias, True)[0].view(q.shape)
-
-
-@pytest.mark.parametrize("name", ["peers", "paper"])
-def test_activations_with_a_gpus_attention(monkeypatch, name):
-    "With and without a mask along time (image rows), with heads that share keys and values and without."
-    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)
-    monkeypatch.setattr(blocks, "attend", gpu_attend)
-    with FakeTensorMode():
-        measured = kept(SHAPES[name], torch.bfloat16, False)
-    found = activations(name, half=True, fused=True)
-    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
-
-
-@pytest.mark.parametrize("name, numbers", [("base", [114_135_008, 307_635_744]), ("paper", [406_492_944, 1_588_796_448])])
-def test_parameters_to_the_last_one(name, numbers):
-    assert [count_parameters(m) for m in build(SHAPES[name], META)] == numbers
-
-
-def test_state_is_16_bytes_a_parameter_and_shared_evenly():
-    whole = predict("paper", "H100")
-    for n in (2, 8, 64):
-        part = predict("paper", "H100", n, n, ema=True)
-        for k, module in zip(LOSSES, build(SHAPES["paper"], META)):
-            state = sum(part[k][key] for key in ("weights", "gradients", "moments"))
-            assert state == pytest.approx(16e-9 * count_parameters(module) / n)
-            assert state == pytest.approx(sum(whole[k][key] for key in ("weights", "gradients", "moments")) / n)
-            assert part[k]["average"] == pytest.approx(4e-9 * count_parameters(module) / n) and whole[k]["average"] == 0
-
-
-def test_sharing_over_a_node_is_hsdp():
-    "The state depends on the shard only; gradients of the groups are added up through the network."
-    node, many = predict("paper", "H100", 8, 8), predict("paper", "H100", 64, 8)
-    n = count_parameters(build(SHAPES["paper"], META)[1])
-    assert many["dynamics"]["memory"] == node["dynamics"]["memory"]
-    assert node["dynamics"]["exchange"] == pytest.approx(8 * n * 7 / 8 / 450e9)            # two bytes gathered twice, four added up once
-    assert many["dynamics"]["exchange"] - node["dynamics"]["exchange"] == pytest.approx(2 * 4 * n / 8 * 7 / 8 / 50e9)
-    assert predict("paper", "H100", 8, 0) == node
-
-
-def test_ddp_adds_up_all_gradients():
-    alone, both = predict(MICRO, "H100"), predict(MICRO, "H100", 2)
-    for k, module in zip(LOSSES, build(MICRO, META)):
-        n = count_parameters(module)
-        assert both[k]["exchange"] == pytest.approx(2 * 4 * n / 2 / 450e9) and alone[k]["exchange"] == 0
-        assert both[k]["gathered"] == pytest.approx(4e-9 * n) and both[k]["frames"] == 2 * alone[k]["frames"]
-
-
-def test_the_teacher_gathers_weights_as_well():
-    n = count_parameters(build(MICRO, META)[1])
-    assert predict(MICRO, "H100", 4, 4)["dynamics"]["exchange"] == pytest.approx((4 * 2 + 4) * n * 3 / 4 / 450e9)
-
-
-def test_products_take_flops_over_what_is_reached():
-    machine = Machine("of a test", peak_bf16=2.0, peak_fp32=1.0, memory=1, bandwidth=1, link=1, network=1, reach=0.5, moves=0, start=0)
-    row = costs(MICRO)["dynamics"]
-    plain, again = predict(MICRO, machine), predict(MICRO, machine, recompute=True)
-    assert plain["dynamics"]["products"] == pytest.approx(row["step_gflops"] / 1e3)
-    assert again["dynamics"]["products"] == pytest.approx(row["step_gflops"] / 1e3 * (4 + 0.5) / (3 + 0.5))      # a quarter of the rows has a teacher
-    assert plain["dynamics"]["traffic"] == pytest.approx(28e-9 * row["parameters"])
-    assert predict(MICRO, machine, dtype="float32")["dynamics"]["products"] == pytest.approx(2 * row["step_gflops"] / 1e3)
-
+# Foretold and measured
 
 @pytest.mark.parametrize("file", ["peers", "peers_compiled", "peers_float32", "tiny", "tiny_float32"])
 def test_predicted_steps_against_measured_ones(file):
@@ -397,27 +185,3 @@ def test_predicted_steps_against_measured_ones(file):
     machine = replace(MACHINES["2 CPU cores"], peak_bf16=r["peak_gflops_bf16"] / 1e3, peak_fp32=r["peak_gflops_fp32"] / 1e3)
     for name, row in predict(r["shape"], machine, dtype=r["dtype"]).items():
         assert 0.65 < row["step"] / (row["frames"] / r[f"{name}_train_fps"]) < 1.35
-
-
-@pytest.mark.parametrize("wrong", [dict(devices=8, shard=3), dict(devices=0), dict(machine="abacus"), dict(shape="huge"), dict(dtype="float8")])
-def test_what_cannot_be_predicted_is_said(wrong):
-    with pytest.raises(UserError):
-        predict(**(dict(shape="tiny", machine="H100") | wrong))
-
-
-def test_best_way_fits_and_is_the_plainest():
-    found = best_way("paper", "H100")
-    assert {k: r["way"] for k, r in found.items()} == {"tokenizer": "recompute", "dynamics": "recompute"}
-    assert best_way("paper", "RTX 4090") == {"tokenizer": None, "dynamics": None}
-    assert {r["way"] for r in best_way("tiny", "H100", 8).values()} == {"plain"}
-    tight = replace(MACHINES["H100"], memory=found["dynamics"]["memory"] / 0.9 * 0.99)
-    assert best_way("paper", tight)["dynamics"] is None
-
-
-def test_one_more_frame_reads_weights_and_cache_in_every_pass():
-    machine = Machine("slow memory", peak_bf16=1e9, peak_fp32=1e9, memory=1, bandwidth=2, link=1, network=1)
-    transformer, found = build(MICRO, META)[1].transformer, stream_bound(MICRO, machine)
-    read = 2 * count_parameters(transformer) + transformer.init_cache(1, META, torch.bfloat16).nbytes
-    assert found["frame"] == pytest.approx(1e3 * 5 * read / 2e9)                            # four denoising steps and the commit
-    assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, reach=0.5))["frame"] == pytest.approx(
-        1e3 * 5 * forward_flops(transformer, 5) / 0.5e9)

@@ -48,6 +48,9 @@ def assert_same_run(folder, alone):
 
 @pytest.mark.parametrize("ranks, options", [(2, ("--shard", 0, "--accumulate", 2, "--recompute", 1)), (4, ("--shard", 2))])
 def test_spread_over_ranks_it_is_the_run_of_one_process(tmp_path, alone, ranks, options):
+    stale = tmp_path / "toy.train" / "step-00000008"      # as a save by more ranks leaves it that was cut short
+    stale.mkdir(parents=True)
+    (stale / "shard-00005-model-00001-of-00001.safetensors").write_bytes(b"")
     code, output = torchrun(ranks, tmp_path, *options)
     assert code == 0, output
     assert_same_run(tmp_path, alone)
