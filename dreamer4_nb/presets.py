@@ -17,7 +17,7 @@ from .tokenizer import TokenizerConfig
 from .dynamics import DynamicsConfig
 from .agent import AgentConfig
 from .imagination import ImaginationConfig
-from .scaling import SHAPES
+from .costs import SHAPES
 
 # %% ../nbs/17_presets.ipynb #cell-6
 @dataclass(frozen=True)
