@@ -207,11 +207,12 @@ class Bench:
     device: str = "auto"                 # auto, cpu, cuda
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     compile: bool = False                # torch.compile for all transformers
+    recompute: bool = False              # activation checkpointing in the training steps, which `paper` needs on one GPU
     threads: int = 0                     # of PyTorch; 0 = one a core
 
     def __call__(self):
         torch.set_num_threads(self.threads or cores())
-        result = bench(self.shape, self.seconds, self.device, self.dtype, self.compile)
+        result = bench(self.shape, self.seconds, self.device, self.dtype, self.compile, self.recompute)
         say(text_table(bench_table([result])))
         if self.json:
             write_json(self.json, result)

@@ -136,7 +136,7 @@ MICRO = Preset(
     evaluation=EvaluationPhase(episodes=4, decisions=12, readouts=("sample",), demonstrator=2, dreams=4, videos=1))
 _spread = dict(shard=0, compile=True, warmup=1000, save_every=1000)
 BASE = Preset(
-    tasks=tuple(TASKS), data="demonstrations/*.zarr", workers=16,
+    tasks=tuple(sorted(TASKS)), data="demonstrations/*.zarr", workers=16,
     tokenizer=TokenizerPhase(SHAPES["base"].tokenizer, TrainConfig(steps=100_000, ema=0.999, **_spread), batch=4, length=64, settle=20_000),
     dynamics=DynamicsPhase(SHAPES["base"].dynamics, TrainConfig(steps=100_000, ema=0.999, **_spread), batch=4, length=64),
     agent=AgentPhase(AgentConfig(hidden=1024), TrainConfig(steps=20_000, ema=0.999, **_spread), batch=4, length=64),
@@ -144,7 +144,7 @@ BASE = Preset(
     evaluation=EvaluationPhase(episodes=500, decisions=500, demonstrator=100, dreams=128))
 _huge = dict(**_spread, recompute=True, lr=1e-4)
 PAPER = Preset(
-    tasks=tuple(TASKS), data="demonstrations/*.zarr", workers=16,
+    tasks=tuple(sorted(TASKS)), data="demonstrations/*.zarr", workers=16,
     tokenizer=TokenizerPhase(SHAPES["paper"].tokenizer, TrainConfig(steps=200_000, **_huge), batch=1, length=64, settle=20_000),
     dynamics=DynamicsPhase(replace(SHAPES["paper"].dynamics, short=64), TrainConfig(steps=200_000, **_huge), batch=2, length=256),
     agent=AgentPhase(AgentConfig(hidden=2048), TrainConfig(steps=20_000, **_huge), batch=2, length=256),

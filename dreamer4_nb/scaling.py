@@ -20,12 +20,12 @@ import numpy as np
 import torch
 
 from .core import UserError, autocast, cast_linear, pick_device, pick_dtype, seed_everything
-from .blocks import TransformerConfig
+from .blocks import BlockCausalTransformer, TransformerConfig
 from .training import TrainConfig
 from .tokenizer import TokenizerConfig
 from .dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from .generation import WorldModel
-from .costs import LOSSES, SHAPES, Shape, build, count_flops, count_parameters, pick_shape, random_batches, saved_bytes, training_step
+from .costs import LOSSES, SHAPES, Shape, build, costs, count_flops, count_parameters, pick_shape, random_batches, saved_bytes, training_step
 
 # %% ../nbs/16_scaling.ipynb #cell-8
 @dataclass(frozen=True)
@@ -92,13 +92,18 @@ def _stream(shape: Shape, world: WorldModel, latents, actions, device):
     return {"frame": frame, "frame_decoded": lambda: world.tokenizer.decode(frame()[:, None], cache)}
 
 
-def _run(shape: Shape, seconds: float, config: TrainConfig, device, dtype, compile: bool) -> tuple[dict, dict, dict]:
+def _run(shape: Shape, seconds: float, config: TrainConfig, device, dtype) -> tuple[dict, dict, dict]:
     "Timings, GFLOPs of the training steps and of one more frame, and parameters."
     seed_everything(0)
     models, batches, generator = dict(zip(LOSSES, build(shape, device))), random_batches(shape, device), torch.Generator(device).manual_seed(0)
     tokenizer, dynamics = models.values()
     steps = {f"{name}_train": training_step(name, module, batches[name], config, device, dtype) for name, module in models.items()}
-    gflops = {name: count_flops(step) / 1e9 for name, step in steps.items()}     # compiled products would escape the counter
+    for part in (part for module in models.values() for part in module.modules() if isinstance(part, BlockCausalTransformer)):
+        part.recompute = config.recompute
+    if config.recompute:    # what is run again is no progress, and a step without it may not fit
+        gflops = {f"{name}_train": found["step_gflops"] for name, found in costs(shape).items()}
+    else:                   # compiled products would escape the counter
+        gflops = {name: count_flops(step) / 1e9 for name, step in steps.items()}
     world, d, frames = WorldModel(tokenizer, dynamics), shape.dynamics, batches["tokenizer"].frames
     rows = shape.batch, shape.context + shape.generated
     latents, actions = (torch.rand(*rows, *size, device=device) * 2 - 1 for size in ((d.n_latents, d.d_latent), (d.action_dim,)))
@@ -107,7 +112,7 @@ def _run(shape: Shape, seconds: float, config: TrainConfig, device, dtype, compi
         calls = {"encode": lambda: tokenizer.encode(frames), "decode": lambda: tokenizer.decode(codes),
                  "generate": lambda: world.rollout(latents, actions, shape.context, generator)} | _stream(shape, world, latents, actions, device)
         gflops["frame"] = count_flops(calls["frame"]) / 1e9
-    if compile:
+    if config.compile:
         world.compile()
     timings = {name: measure(step, seconds, device=device) for name, step in steps.items()}
     cast_linear(world.eval(), dtype)
@@ -136,20 +141,22 @@ def peak_memory(device: torch.device) -> float:
 CPU_LIMIT = 100e6   # parameters; above it one step on a CPU takes minutes
 
 
-def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype: str = "auto", compile: bool = False) -> dict:
+def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype: str = "auto", compile: bool = False,
+          recompute: bool = False) -> dict:
     """Speed of everything that takes time in training and in use, on random weights and data, `seconds` for each item.
 
     Returns a dictionary that JSON can hold, with the same keys for all shapes. Medians: tokenizer_train_fps, encode_fps,
     decode_fps, dynamics_train_fps, generate_fps (frames a second); frame_ms, frame_decoded_ms (one more frame at batch 1,
     full cache). `spread`: their quartiles. gflops: of a step. peak_gflops_fp32, peak_gflops_bf16: `matmul_peak`, the best of before and after.
     tokenizer_train_share, dynamics_train_share: GFLOP/s of the step over the peak of its dtype. parameters,
-    peak_memory_mb, and what was run where: shape, dtype, compile, device, cpu, threads, versions, date.
+    peak_memory_mb, and what was run where: shape, dtype, compile, recompute, device, cpu, threads, versions, date.
 
     dtype: auto, float32 or bfloat16 (autocast). compile: `torch.compile` for all transformers; compiling is warm-up.
+    recompute: activation checkpointing in the training steps; its second forward passes do not count as operations.
     `UserError` for an unknown shape, dtype or device, more than `CPU_LIMIT` parameters on a CPU, and too little GPU memory.
     """
     name, shape = shape if isinstance(shape, str) else shape.about, pick_shape(shape)
-    config, device = TrainConfig(dtype=dtype, device=device), pick_device(device)
+    config, device = TrainConfig(dtype=dtype, device=device, compile=compile, recompute=recompute), pick_device(device)
     picked = pick_dtype(device) if dtype == "auto" else getattr(torch, dtype)
     n = sum(count_parameters(m) for m in build(shape, torch.device("meta")))
     if device.type == "cpu" and n > CPU_LIMIT:
@@ -160,9 +167,9 @@ def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype:
     peaks = lambda: {key: matmul_peak(kind, device, min(seconds, 1.0)) for key, kind in (("fp32", torch.float32), ("bf16", torch.bfloat16))}
     before = peaks()
     try:
-        timings, gflops, parameters = _run(shape, seconds, config, device, picked, compile)
+        timings, gflops, parameters = _run(shape, seconds, config, device, picked)
     except torch.OutOfMemoryError:
-        raise UserError(f"shape '{name}' does not fit into this GPU's memory; use a smaller shape, or shorter clips: "
+        raise UserError(f"shape '{name}' does not fit into this GPU's memory; use recompute, a smaller shape, or shorter clips: "
                         f"replace(SHAPES['{name}'], length=16)") from None
     frames, clip_frames = shape.batch * shape.length, int(np.prod(shape.tokenizer_clips))
     out, spread = {}, {}
@@ -175,7 +182,7 @@ def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype:
     peak = best["bf16" if picked == torch.bfloat16 else "fp32"]
     out |= {f"{item}_share": gflops[item] / timings[item].median / peak for item in ("tokenizer_train", "dynamics_train")}
     return out | {"spread": spread, "calls": {item: t.calls for item, t in timings.items()}, "gflops": gflops, "parameters": parameters,
-                  "shape": name, "dtype": str(picked).removeprefix("torch."), "compile": compile, "seconds": seconds,
+                  "shape": name, "dtype": str(picked).removeprefix("torch."), "compile": compile, "recompute": recompute, "seconds": seconds,
                   "peak_memory_mb": peak_memory(device)} | {f"peak_gflops_{key}": value for key, value in best.items()} | describe_machine(device)
 
 # %% ../nbs/16_scaling.ipynb #cell-31

@@ -24,7 +24,7 @@ MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THI
               batch=4, length=6, context=2, generated=2)
 KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps", "generate_fps", "frame_ms", "frame_decoded_ms", "peak_gflops_fp32",
         "peak_gflops_bf16", "tokenizer_train_share", "dynamics_train_share", "peak_memory_mb", "versions", "spread", "calls", "gflops", "parameters",
-        "shape", "dtype", "compile", "seconds", "device", "cpu", "threads", "date"}
+        "shape", "dtype", "compile", "recompute", "seconds", "device", "cpu", "threads", "date"}
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +87,13 @@ def test_bfloat16_is_measured_against_its_own_peak(monkeypatch):
     r = bench(MICRO, seconds=0.0, device="cpu", dtype="bfloat16")
     seconds = MICRO.batch * MICRO.length / r["tokenizer_train_fps"]
     assert r["dtype"] == "bfloat16" and r["tokenizer_train_share"] == pytest.approx(r["gflops"]["tokenizer_train"] / seconds / 1000)
+
+
+def test_operations_that_are_run_again_do_not_count(result):
+    again = bench(MICRO, seconds=0.0, device="cpu", dtype="float32", recompute=True)
+    assert again["recompute"] and not result["recompute"]
+    for name in ("tokenizer_train", "dynamics_train"):
+        assert again["gflops"][name] == pytest.approx(result["gflops"][name], rel=0.03)
 
 
 @pytest.mark.parametrize("name", ["base", "paper"])
