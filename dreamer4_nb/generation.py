@@ -189,7 +189,7 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
             "per_step": per_step, "mean": {name: {k: float(np.nanmean(v)) for k, v in rows.items()} for name, rows in per_step.items()},
             "action_shuffle_ratio": shuffled_error / error}
 
-# %% ../nbs/10_generation.ipynb #cell-37
+# %% ../nbs/10_generation.ipynb #cell-41
 class DreamEnv(gymnasium.Env):
     """The dream as a Gymnasium environment: pixels (h, w, 3) uint8 out, actions in [-1, 1] in.
 
