@@ -22,7 +22,7 @@ from einops import rearrange
 
 from .core import (UserError, asset, check_shape, from_dict, load_checkpoint, load_weights, seed_everything,
                               step_generator, to_dict)
-from .data import LatentStore, Windows, concatenate, to_float
+from .data import LatentStore, Windows, to_float
 from .training import TrainConfig, fit
 from .blocks import BlockCausalTransformer, TokenLayout, TransformerConfig
 
@@ -231,15 +231,12 @@ class PerceptualLoss:
         return self.net.to(recon.device)(recon, frames, normalize=True).mean()
 
 # %% ../nbs/08_tokenizer.ipynb #cell-57
-def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0, by_task=None):
+def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0):
     """Loss terms of one batch for `fit` (paper, section 3.1): the weighted squared error over all patches, masked or not,
     and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB.
-    `part` of the training, 0 or 1, says how much `slowness` counts. `by_task`: mean and standard deviation (tasks, c, h, w) of
-    each task's frames, for the weights; without it those of all frames, which the tokenizer holds."""
+    `part` of the training, 0 or 1, says how much `slowness` counts."""
     tokenizer, frames = modules["tokenizer"], batch.frames
     c, statistics = tokenizer.config, (tokenizer.mean_frame, tokenizer.std_frame)
-    if by_task is not None:
-        statistics = [x.to(frames.device)[batch.task][:, None] for x in by_task]
     recon, latents = tokenizer(frames, generator)
     error = (recon - frames) ** 2
     weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
@@ -265,12 +262,8 @@ def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir,
     seed_everything(train.seed)
     tokenizer = Tokenizer(config)
     windows = Windows(store, length, batch, train.seed, focus=focus)
-    seen = concatenate([windows(-1 - k) for k in range(32)])
-    tokenizer.set_statistics(seen.frames.flatten(0, 1))
-    # What stands out is what is rare in its own task: beside another scene every pixel would.
-    tasks = [seen.frames[seen.task == k].flatten(0, 1) for k in range(len(store.tasks))]
-    by_task = [torch.stack([getattr(x if len(x) > 1 else seen.frames.flatten(0, 1), kind)(0) for x in tasks]) for kind in ("mean", "std")]
-    loss, long = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None, by_task=by_task), config.transformer.context + 1
+    tokenizer.set_statistics(torch.cat([windows(-1 - k).frames.flatten(0, 1) for k in range(32)]))
+    loss, long = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None), config.transformer.context + 1
     slow_windows = Windows(store, long, max(1, batch * length // long), train.seed + 1, focus=focus)
     for part, (name, steps, batches) in enumerate((("tokenizer.draft", train.steps, windows), ("tokenizer", settle, slow_windows))):
         fit(name, {"tokenizer": tokenizer}, partial(loss, part=part), batches, replace(train, steps=steps), run_dir,
