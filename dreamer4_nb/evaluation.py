@@ -223,7 +223,7 @@ def text_table(rows: list[dict]) -> str:
     lines = [{k: k for k in names}, *rows]
     return "\n".join("  ".join(line[k].ljust(widths[k]) for k in names).rstrip() for line in lines)
 
-# %% ../nbs/14_evaluation.ipynb #cell-63
+# %% ../nbs/14_evaluation.ipynb #cell-75
 @torch.no_grad()
 def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     """The real episode beside the policy's dream of it: (t, h, 2w + 2, c) uint8.
@@ -242,7 +242,7 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     dream[:prefix, -2:] = 255
     return np.concatenate([frames, np.full_like(frames[:, :, :2], 255), dream], 2)
 
-# %% ../nbs/14_evaluation.ipynb #cell-68
+# %% ../nbs/14_evaluation.ipynb #cell-80
 @torch.no_grad()
 def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
     "Truth and reconstruction (2, n, c, h, w) of frames drawn from the episodes of a store, each decoded in its episode's stream."
@@ -254,7 +254,7 @@ def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
         pairs.append(torch.stack([frames[t], tokenizer.decode(tokenizer.encode(past))[0, -1]]))
     return torch.stack(pairs, 1).cpu()
 
-# %% ../nbs/14_evaluation.ipynb #cell-69
+# %% ../nbs/14_evaluation.ipynb #cell-81
 @torch.no_grad()
 def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: int = 0):
     "Truth and dream (2, n, length, c, h, w) of windows of a store, driven by the true actions."
@@ -270,7 +270,7 @@ def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: in
     latents = world.rollout(world.tokenizer.encode(frames), actions, prefix, step_generator(seed), agent, known)
     return torch.stack([frames, world.tokenizer.decode(latents)]).cpu()
 
-# %% ../nbs/14_evaluation.ipynb #cell-73
+# %% ../nbs/14_evaluation.ipynb #cell-85
 def curves_figure(histories: dict[str, dict[str, list]]):
     """One panel per phase: each logged loss and metric over the steps, its last value in the legend. `histories[phase]` holds a list
     `step` and a list for each; what only keeps the books (learning rate, speed, gradient norm, shares) is left out."""
@@ -284,7 +284,7 @@ def curves_figure(histories: dict[str, dict[str, list]]):
         ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-74
+# %% ../nbs/14_evaluation.ipynb #cell-86
 def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", "latent_error", "ball_error", "ball_visible")):
     "One panel per metric over the frames of a dream, beside its floors and its ceiling: `per_step` of `rollout_report`."
     use_style()
@@ -297,7 +297,7 @@ def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", 
     axes[0, 0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/14_evaluation.ipynb #cell-75
+# %% ../nbs/14_evaluation.ipynb #cell-87
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:0}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;white-space:nowrap;text-align:left;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{color:#555}
@@ -328,7 +328,7 @@ def _matrix(figures: dict[str, dict[str, float]]) -> list[dict]:
     metrics = sorted({m for row in figures.values() for m in row}, key=lambda m: ([*METRICS, m].index(m), m))
     return [{"": METRICS.get(m, m.replace("_", " "))} | {name.replace("_", " "): row.get(m) for name, row in figures.items()} for m in metrics]
 
-# %% ../nbs/14_evaluation.ipynb #cell-76
+# %% ../nbs/14_evaluation.ipynb #cell-88
 SECTIONS = {
     "policy": "The policy in the real environment",
     "closed_loop": "Closed loop",
@@ -340,7 +340,7 @@ INTERVALS = ("Intervals are 95%: Wilson for rates, bootstrap for returns and for
              "seeds. They say how sure these numbers are for <em>this</em> training run; another seed of training moves them more "
              "than that (notebook 14).")
 
-# %% ../nbs/14_evaluation.ipynb #cell-77
+# %% ../nbs/14_evaluation.ipynb #cell-89
 def findings(results: dict) -> list[str]:
     "The main numbers of results.json as sentences, each beside its floor or ceiling."
     out, rate = [], lambda r: f"{r['any']:.2f} [{r['any_interval'][0]:.2f}, {r['any_interval'][1]:.2f}]"
@@ -359,7 +359,7 @@ def findings(results: dict) -> list[str]:
         out.append(f"action-shuffle ratio {results['dream']['action_shuffle_ratio']:.2f} (1 = the dream ignores the actions)")
     return out
 
-# %% ../nbs/14_evaluation.ipynb #cell-78
+# %% ../nbs/14_evaluation.ipynb #cell-90
 def report(run_dir) -> Path:
     """Writes `report.html` into a run folder and returns its path: one file, nothing loaded from elsewhere.
 
