@@ -29,14 +29,16 @@ def finish(process):
 
 
 @pytest.mark.parametrize("normalise", [0, 1])
-def test_gradients_equal_those_of_one_process_with_the_double_batch(tmp_path, normalise):
+def test_gradients_equal_those_of_one_process(tmp_path, normalise):
+    "Of one with the double batch, or, where the first batch's loss is a divisor, of one that accumulates the two batches."
     steps = 1 if normalise == 0 else 12
     process = torchrun(tmp_path, "--steps", str(steps), "--normalise", str(normalise))
     output = finish(process)
     assert process.returncode == 0, output
     alone = make_modules()
     double = lambda i: torch.cat([make_batch(2 * i), make_batch(2 * i + 1)])
-    fit("alone", alone, plain_loss_fn, double, make_config(steps=steps, normalise=bool(normalise)), tmp_path, progress=False)
+    batches, accumulate = (make_batch, 2) if normalise else (double, 1)
+    fit("alone", alone, plain_loss_fn, batches, make_config(steps=steps, normalise=bool(normalise), accumulate=accumulate), tmp_path, progress=False)
     ranks = [load_checkpoint(tmp_path / f"gradients{rank}.safetensors")[0] for rank in range(2)]
     for key, wanted in gradients(alone).items():
         torch.testing.assert_close(ranks[0][key], ranks[1][key], rtol=0, atol=0)
