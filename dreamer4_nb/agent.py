@@ -84,7 +84,7 @@ class Categorical:
         "KL[self ‖ other], summed over the dimensions."
         return (self.logits.exp() * (self.logits - other.logits)).sum((-2, -1))
 
-
+# %% ../nbs/12_agent.ipynb #cell-30
 class Gaussian:
     "Diagonal Gaussian; parameters (..., a, 2) are mean and log standard deviation before squashing."
 
@@ -122,7 +122,7 @@ class Bernoulli:
 
     def kl(self, other): return torch.distributions.kl_divergence(self.keys, other.keys).sum(-1)
 
-# %% ../nbs/12_agent.ipynb #cell-33
+# %% ../nbs/12_agent.ipynb #cell-35
 @dataclass(frozen=True)
 class AgentConfig:
     "Agent tokens and heads; `width` is the dynamics' width. UserError for an unknown kind of policy."
@@ -149,7 +149,7 @@ def mlp(width: int, hidden: int, out: int):
     nn.init.zeros_(head[-1].bias)
     return head
 
-# %% ../nbs/12_agent.ipynb #cell-34
+# %% ../nbs/12_agent.ipynb #cell-36
 class PolicyHead(nn.Module):
     "π(a | h): one output layer a distance; `forward` gives distance 0, `all` every distance 0..L."
 
@@ -193,7 +193,7 @@ class ScalarHead(nn.Module):
         "Cross-entropy (..., distances) with the two-hot target (..., distances)."
         return cross_entropy(self.logits(h), two_hot(target, self.bins))
 
-# %% ../nbs/12_agent.ipynb #cell-35
+# %% ../nbs/12_agent.ipynb #cell-37
 class AgentHeads(nn.Module):
     "Task embedding, and policy, reward, continue and value heads on h (paper, section 3.3)."
 
@@ -214,7 +214,7 @@ class AgentHeads(nn.Module):
         "Log odds (..., L + 1) of going on, of h (..., n_agent, width)."
         return self.continues(h.flatten(-2))
 
-# %% ../nbs/12_agent.ipynb #cell-38
+# %% ../nbs/12_agent.ipynb #cell-40
 def read_agent(modules, batch, generator):
     """The agent tokens' outputs h (b, t, n_agent, width) on frames committed as context, as in use, with the video loss
     of the uniform rows: (h, losses, metrics). Where the dynamics train on such context, one pass gives both."""
@@ -255,7 +255,7 @@ def agent_loss(modules, batch, generator):
     metrics["cloning_next"] = masked_mean(cloning[..., 0], chosen[:, 0] & batch.relevant[:, None]).detach()
     return losses | world, metrics
 
-# %% ../nbs/12_agent.ipynb #cell-53
+# %% ../nbs/12_agent.ipynb #cell-55
 class Policy:
     """Acts from pixels, streaming: encode, commit, read h, choose (a batch of environments at once).
 
@@ -294,7 +294,7 @@ class Policy:
         self.action[:, self.action_dim:] = 0
         return self.action[:, :self.action_dim].cpu().numpy()
 
-# %% ../nbs/12_agent.ipynb #cell-56
+# %% ../nbs/12_agent.ipynb #cell-58
 def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainConfig, run_dir, batch: int = 32,
                 length: int = 24, focus: float = 0.7, labels: str = "intended"):
     """Phase 2: adds agent tokens to the pretrained `dynamics` and trains both with `fit`; returns (dynamics, heads).

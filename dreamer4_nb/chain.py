@@ -342,7 +342,7 @@ def branch(run: Run, folder: Path, last: str, preset: Preset) -> Run:
         write_json(folder / "phases.json", {name: entry for name, entry in run.phases.items() if name in ORDER[:ORDER.index(last) + 1]})
     return Run(folder, preset)
 
-
+# %% ../nbs/18_chain.ipynb #cell-46
 def with_setting(preset, setting: str, value):
     "The preset with another value of one setting, named as on the command line (`imagination.model.horizon`). `UserError` if there is none."
     name, _, rest = setting.partition(".")
@@ -357,7 +357,7 @@ def seeded(preset: Preset, **seeds: int) -> Preset:
         preset = with_setting(preset, f"{phase}.train.seed", getattr(preset, phase).train.seed + seed)
     return preset
 
-
+# %% ../nbs/18_chain.ipynb #cell-48
 def dreamed_return(run: Run, heads, dreams: int = 256, horizon: int = 30) -> float:
     "Mean sum of the rewards that the run's world predicts for `heads`' policy, over `horizon` decisions after held-out contexts of the run's task."
     config = replace(run.preset.imagination.model, horizon=horizon)
@@ -402,7 +402,7 @@ def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, dec
                              "dreamed": dreamed_return(view, heads) if readout == "sample" else None})
     return rows
 
-
+# %% ../nbs/18_chain.ipynb #cell-50
 def dream_study(run: Run, seeds: int = 2, setting: str = "", value=None) -> list[dict]:
     """Tokenizer and dream on held-out episodes, one row for each of `seeds` trainings of the phase that `setting` belongs to (else
     the dynamics) and of all phases between it and the dynamics. Kept in the folder `dreams` of the run; a second call goes on."""

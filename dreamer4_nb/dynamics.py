@@ -72,7 +72,7 @@ def beside_context(sees):
     rows = torch.cat([sees, torch.zeros_like(sees)], -1), torch.cat([sees & ~itself, itself], -1)
     return torch.cat(rows, -2), torch.arange(t, device=sees.device).repeat(2)
 
-
+# %% ../nbs/09_dynamics.ipynb #cell-14
 class Dynamics(nn.Module):
     """Predicts clean latents from noised ones, given actions (paper, section 3.2).
 
@@ -152,7 +152,7 @@ class Dynamics(nn.Module):
         x_hat, h = x[:, -t:, self.layout.slice("latent")], x[:, :t, self.layout.slice("agent")] if c.n_agent else None
         return self.to_latent(x_hat).float(), None if h is None else h.float()
 
-# %% ../nbs/09_dynamics.ipynb #cell-23
+# %% ../nbs/09_dynamics.ipynb #cell-25
 def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
     """Clip numbers (b, t), and which rows are single images (b, 1).
 
@@ -169,7 +169,7 @@ def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
         segments = torch.where(cut, frame // config.short, segments)
     return torch.where(images, frame, segments), images
 
-# %% ../nbs/09_dynamics.ipynb #cell-35
+# %% ../nbs/09_dynamics.ipynb #cell-37
 def video_loss(model: Dynamics, batch, generator, agent=None):
     """Shortcut forcing on a batch of latents (paper, section 3.2): (loss, metrics, h).
 
@@ -202,7 +202,7 @@ def dynamics_loss(modules, batch, generator):
     loss, metrics, _ = video_loss(modules["dynamics"], batch, generator)
     return {"dynamics": loss}, metrics
 
-# %% ../nbs/09_dynamics.ipynb #cell-49
+# %% ../nbs/09_dynamics.ipynb #cell-51
 def train_dynamics(latents, config: DynamicsConfig, train: TrainConfig, run_dir, batch: int = 16, length: int = 32,
                    focus: float = 0.7) -> Dynamics:
     "Phase 1b: trains the dynamics alone on a LatentStore with `fit`, batches of `batch` windows of `length` frames."

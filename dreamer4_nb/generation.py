@@ -37,7 +37,7 @@ class Dream:
         pick = lambda x: None if x is None else x[rows]
         return Dream(self.cache.select(rows), self.generator, pick(self.agent), pick(self.h))
 
-
+# %% ../nbs/10_generation.ipynb #cell-8
 class WorldModel(nn.Module):
     """Tokenizer and dynamics as a simulator that runs in latents (paper, section 3.2, inference).
 
@@ -108,12 +108,12 @@ class WorldModel(nn.Module):
         dreamed = [self.imagine(dream, actions[:, t]) for t in range(prefix, actions.shape[1])]
         return torch.cat([latents[:, :prefix], torch.stack(dreamed, 1)], 1)
 
-# %% ../nbs/10_generation.ipynb #cell-18
+# %% ../nbs/10_generation.ipynb #cell-20
 def load_world(tokenizer=None, dynamics=None) -> WorldModel:
     "The world model of two checkpoints (paths); by default the small one that ships with the package."
     return WorldModel(load_tokenizer(tokenizer), load_dynamics(dynamics)).eval()
 
-# %% ../nbs/10_generation.ipynb #cell-21
+# %% ../nbs/10_generation.ipynb #cell-23
 def pick_windows(latents, prefix: int, length: int, windows: int, seed: int):
     """Numbers of up to `windows` windows of `length` frames that begin before the task is `solved`, so that there is still
     something to predict: none of their first `prefix` frames is. Spread over the episodes. `latents` are of one task."""
@@ -129,7 +129,7 @@ def pick_windows(latents, prefix: int, length: int, windows: int, seed: int):
         count[owner] += 1
     return order[np.argsort(turn, kind="stable")][:windows]
 
-# %% ../nbs/10_generation.ipynb #cell-27
+# %% ../nbs/10_generation.ipynb #cell-29
 def step_metrics(images, latents, true_frames, true_latents, pixels) -> dict[str, list[float]]:
     """Per step, over the windows: PSNR (dB), SSIM, latent_error (mean square, in standard deviations) and, where the ball's
     true pixels (b, t, 2) are known, ball_error (mean, px), ball_error_median, ball_visible (within 3 px of the truth) and
@@ -145,7 +145,7 @@ def step_metrics(images, latents, true_frames, true_latents, pixels) -> dict[str
         steps.append(row)
     return {key: [step[key] for step in steps] for key in steps[0]}
 
-# %% ../nbs/10_generation.ipynb #cell-28
+# %% ../nbs/10_generation.ipynb #cell-30
 @torch.no_grad()
 def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: int = 32, windows: int = 64, seed: int = 0,
                    batch: int = 16) -> dict:
@@ -189,7 +189,7 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
             "per_step": per_step, "mean": {name: {k: float(np.nanmean(v)) for k, v in rows.items()} for name, rows in per_step.items()},
             "action_shuffle_ratio": shuffled_error / error}
 
-# %% ../nbs/10_generation.ipynb #cell-41
+# %% ../nbs/10_generation.ipynb #cell-43
 class DreamEnv(gymnasium.Env):
     """The dream as a Gymnasium environment: pixels (h, w, 3) uint8 out, actions in [-1, 1] in.
 

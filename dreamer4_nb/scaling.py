@@ -137,7 +137,7 @@ def peak_memory(device: torch.device) -> float:
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6
 
-
+# %% ../nbs/16_scaling.ipynb #cell-21
 CPU_LIMIT = 100e6   # parameters; above it one step on a CPU takes minutes
 
 
@@ -185,7 +185,7 @@ def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype:
                   "shape": name, "dtype": str(picked).removeprefix("torch."), "compile": compile, "recompute": recompute, "seconds": seconds,
                   "peak_memory_mb": peak_memory(device)} | {f"peak_gflops_{key}": value for key, value in best.items()} | describe_machine(device)
 
-# %% ../nbs/16_scaling.ipynb #cell-31
+# %% ../nbs/16_scaling.ipynb #cell-33
 ITEMS = {"tokenizer_train_fps": "tokenizer training, frames/s", "encode_fps": "encode, frames/s", "decode_fps": "decode, frames/s",
          "dynamics_train_fps": "dynamics training, frames/s", "generate_fps": "generation, frames/s", "frame_ms": "one more frame, ms",
          "frame_decoded_ms": "one more frame, decoded, ms"}
@@ -206,7 +206,7 @@ def bench_table(results: list[dict]) -> list[dict[str, str]]:
     heads = [head if heads.count(head) == 1 else f"{head} ({k + 1})" for k, head in enumerate(heads)]
     return [{"": label, **dict(zip(heads, cells))} for label, cells in lines.items()]
 
-# %% ../nbs/16_scaling.ipynb #cell-43
+# %% ../nbs/16_scaling.ipynb #cell-45
 def exponent(values, cost) -> float:
     "The p of cost = c · value**p: the slope of a straight line through the points in log-log."
     return float(np.polyfit(np.log(values), np.log(cost), 1)[0])
