@@ -168,7 +168,6 @@ def _writing(path):
             raise UserError(f"cannot write {path}: {e.strerror or e}; choose a folder you may write to") from e
         raise
 
-# %% ../nbs/06_data.ipynb #cell-30
 @contextmanager
 def building(path, overwrite=False):
     """Yields a path beside `path` to make a store at; renamed to `path` when the block ends well, removed when not.
@@ -198,7 +197,7 @@ def building(path, overwrite=False):
                     if not path.exists(): raise
         finally: shutil.rmtree(beside, ignore_errors=True)
 
-# %% ../nbs/06_data.ipynb #cell-32
+# %% ../nbs/06_data.ipynb #cell-30
 class _Arrays:
     "The arrays of one store, shared by all views of it. `empty`, `column` and `read` are a reader's only ways in."
     def __init__(self, path, group, mode):
@@ -271,7 +270,7 @@ class _Arrays:
         self.lengths = np.concatenate([self.lengths, np.array(new["lengths"], np.int64)])
         self.n_rows, self.columns = int(self.lengths.sum()), {}
 
-# %% ../nbs/06_data.ipynb #cell-34
+# %% ../nbs/06_data.ipynb #cell-32
 def _matching(path) -> list:
     "The stores that a path, a list or a wildcard (`shards/*.zarr`, also in a URL) names; of a wildcard in alphabetical order."
     if isinstance(path, (list, tuple)): return [store for p in path for store in _matching(p)]
@@ -319,7 +318,7 @@ class _Joined:
 
     column = _Arrays.column
 
-# %% ../nbs/06_data.ipynb #cell-35
+# %% ../nbs/06_data.ipynb #cell-33
 class EpisodeStore:
     """Episodes of one or more tasks in Zarr 3, or a view of some of them (`subset`, `of_task`, `split`), of one store or several.
 
@@ -468,14 +467,14 @@ class EpisodeStore:
         if out.all() or not out.any(): raise UserError(f"held_out={held_out} of {len(out)} episodes leaves one side empty; expected more than 0 and less than 1, and enough episodes of a task")
         return self.subset(~out), self.subset(out)
 
-# %% ../nbs/06_data.ipynb #cell-55
+# %% ../nbs/06_data.ipynb #cell-53
 def window_index(lengths, length: int) -> tuple[np.ndarray, np.ndarray]:
     "Every window of `length` frames inside episodes of these lengths: its episode (W,) and its first frame there (W,)."
     counts = np.maximum(np.asarray(lengths) - length + 1, 0)
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
 
-# %% ../nbs/06_data.ipynb #cell-60
+# %% ../nbs/06_data.ipynb #cell-58
 class Windows:
     """Batches of windows of `length` frames; a window never crosses the border of an episode.
 
@@ -582,7 +581,7 @@ class Windows:
 
     def __call__(self, step: int) -> Batch: return self.at(*self.draw(step))
 
-# %% ../nbs/06_data.ipynb #cell-78
+# %% ../nbs/06_data.ipynb #cell-76
 class Mixture:
     """Rows from several sources in one batch: `[(windows, n_rows, relevant), ...]`, in this order.
     The paper's agent fine-tuning (phase 2): half uniform with relevant=False (dynamics loss), half of the task's good episodes with
@@ -602,7 +601,7 @@ class Mixture:
     def __call__(self, step: int) -> Batch:
         return concatenate([replace(b := w(step), task=ids.to(b.task.device)[b.task]) for w, ids in self.parts])
 
-# %% ../nbs/06_data.ipynb #cell-89
+# %% ../nbs/06_data.ipynb #cell-87
 class LatentStore:
     """The same episodes as latents (N, n, d) float16 in place of frames, encoded once, with the `mean` and `std` (n, d)
     of their values. Everything else (lengths, qualities, column, ...) is that of its `episodes`, an EpisodeStore."""
@@ -654,7 +653,7 @@ class LatentStore:
             out.finish()
         return cls.open(path)
 
-# %% ../nbs/06_data.ipynb #cell-95
+# %% ../nbs/06_data.ipynb #cell-93
 def _shipped(task) -> tuple[dict, str]:
     "The shipped states and actions of a task and the hash of their file."
     path = asset(f"demos_{task}.npz")
@@ -696,7 +695,7 @@ def load_demonstrations(task="ball_in_cup-catch", episodes=None, image=64, worke
         store.finish()
     return EpisodeStore.open(place(n))
 
-# %% ../nbs/06_data.ipynb #cell-101
+# %% ../nbs/06_data.ipynb #cell-99
 def demonstrations_report(source, progress=True) -> dict[str, dict]:
     """What demonstrations themselves reach, by quality: the ceiling of cloning them. Printed and returned.
     source: an EpisodeStore, or the name of a task whose shipped demonstrations are measured, all of them and without rendering.
