@@ -181,7 +181,7 @@ def test_the_kl_points_from_the_policy_to_the_prior():
 N, GAMMA, SLIP = 7, 0.8, 0.1
 PAY = torch.tensor([0.5, 0, 0, 0, 0, 0, 1.0])
 GOES_ON = torch.tensor([0.0, 1, 1, 1, 1, 1, 0])
-BEST = torch.tensor([0.49, 0.45, 0.57, 0.74, 0.96])                   # values of the inner places, by value iteration (notebook 13)
+BEST = torch.tensor([0.49, 0.45, 0.57, 0.74, 0.96])                   # values of the inner places, by value iteration (notebook 17)
 place = lambda s: F.one_hot(s, N).float()[:, None]
 
 
