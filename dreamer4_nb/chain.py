@@ -4,19 +4,17 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'PARTS', 'differences', 'cores', 'say', 'Run', 'by_task', 'policies', 'closed_loop', 'figures', 'machine',
-           'measured', 'finish', 'ship', 'branch', 'with_setting', 'seeded', 'dreamed_return', 'study', 'dream_study',
-           'keep_rows']
+           'measured', 'finish', 'ship']
 
 # %% ../nbs/22_chain.ipynb #cell-3
 import copy
 import json
 import os
 import platform
-import shutil
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from datetime import date
 from functools import cached_property
 from pathlib import Path
@@ -25,14 +23,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import torch
 
-from .core import UserError, image_grid, load_checkpoint, pick_device, pick_dtype, save_checkpoint, save_video, step_generator, to_dict, write_json
+from .core import UserError, image_grid, load_checkpoint, pick_device, pick_dtype, save_checkpoint, save_video, to_dict, write_json
 from .envs import task_info
-from .data import EpisodeStore, LatentStore, Windows, load_demonstrations
+from .data import EpisodeStore, LatentStore, load_demonstrations
 from .tokenizer import Tokenizer, encode_store, load_tokenizer, tokenizer_report, train_tokenizer
 from .dynamics import load_dynamics, train_dynamics
 from .generation import WorldModel, rollout_report
 from .agent import Policy, load_agent, train_agent
-from .imagination import imagine, load_imagination, train_imagination
+from .imagination import load_imagination, train_imagination
 from .evaluation import (PlannerPolicy, RandomPolicy, Records, beside_dream, closed_loop_rows, compare, curves_figure, dreams,
                                     evaluate_policy, reconstructions, report, steps_figure)
 from .presets import MINUTES, TINY, Preset, linked
@@ -323,108 +321,3 @@ def ship(folder: Path, assets: Path, results: Path) -> list[Path]:
         save_checkpoint(written[-1], state, config)
     write_json(Path(results), json.loads((folder / "results.json").read_text()))
     return written + [Path(results)]
-
-# %% ../nbs/22_chain.ipynb #cell-44
-def branch(run: Run, folder: Path, last: str, preset: Preset) -> Run:
-    "A run in `folder` with `preset` that begins with copies of the parts of `run` up to the phase `last`. UserError if they were made with other settings."
-    folder = Path(folder)
-    if last in PARTS:
-        getattr(run, last)      # makes what is not there
-    for name in ORDER[1:ORDER.index(last) + 1]:
-        for path in run.folder.glob(f"{name}.*"):
-            if not (folder / path.name).exists():
-                beside = folder / f".{path.name}"
-                shutil.rmtree(beside, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                (shutil.copytree if path.is_dir() else shutil.copy2)(path, beside)
-                beside.rename(folder / path.name)
-    if not (folder / "phases.json").exists():
-        write_json(folder / "phases.json", {name: entry for name, entry in run.phases.items() if name in ORDER[:ORDER.index(last) + 1]})
-    return Run(folder, preset)
-
-# %% ../nbs/22_chain.ipynb #cell-46
-def with_setting(preset, setting: str, value):
-    "The preset with another value of one setting, named as on the command line (`imagination.model.horizon`). `UserError` if there is none."
-    name, _, rest = setting.partition(".")
-    if name not in {f.name for f in fields(preset)} or rest and not is_dataclass(getattr(preset, name)):
-        raise UserError(f"no setting '{setting}' in {type(preset).__name__}; it has {', '.join(f.name for f in fields(preset))}")
-    return replace(preset, **{name: with_setting(getattr(preset, name), rest, value) if rest else value})
-
-
-def seeded(preset: Preset, **seeds: int) -> Preset:
-    "The preset with these numbers added to the training seeds of the phases they are named after."
-    for phase, seed in seeds.items():
-        preset = with_setting(preset, f"{phase}.train.seed", getattr(preset, phase).train.seed + seed)
-    return preset
-
-# %% ../nbs/22_chain.ipynb #cell-48
-def dreamed_return(run: Run, heads, dreams: int = 256, horizon: int = 30) -> float:
-    "Mean sum of the rewards that the run's world predicts for `heads`' policy, over `horizon` decisions after held-out contexts of the run's task."
-    config = replace(run.preset.imagination.model, horizon=horizon)
-    batch = Windows(run.latents[1], config.context, dreams, seed=0, focus=1.0)(0)
-    device = run.world.dynamics.latent_mean.device
-    return imagine(run.world, heads, heads.policy, batch.to(device), config, step_generator(0))["rewards"].sum(1).mean().item()
-
-
-def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, decisions: int = 500, readouts=("sample", "mean", "mode"),
-          setting: str = "", value=None, first_seed: int = 30_000) -> list[dict]:
-    """Phase 2 with `agents` seeds on top of the tokenizer and dynamics of `run`, phase 3 with `policies` seeds on top of each, all
-    in the real environment on the same seeds: one row for each policy and read-out, sampled ones with their `dreamed_return`.
-
-    `setting` and `value`: the same with one setting changed (`with_setting`) and, where it belongs to an earlier phase, the phases
-    from there on trained again, the dynamics with their own `agents` seeds. Everything is kept in the folder `study` of the
-    run, and a second call goes on.
-    """
-    phase, root = setting.partition(".")[0] or "agent", run.folder / "study"
-    changed = with_setting(run.asked, setting, value) if setting else run.asked
-    own_root = root / f"{setting}={value}" if setting else root
-    judged = replace(run.asked.evaluation, episodes=episodes, decisions=decisions, readouts=tuple(readouts), first_seed=first_seed, videos=0, demonstrator=0)
-    changed, rows = replace(changed, evaluation=judged), []
-    for a in range(agents):
-        seeds = {name: a for name in ORDER if name == "agent" or name == "dynamics" == phase}
-        if phase == "imagination":
-            trunk = branch(run, root / f"agent{a}", "dynamics", seeded(run.asked, agent=a))
-        else:
-            trunk = branch(run, own_root / f"agent{a}", ORDER[ORDER.index(phase) - 1], seeded(changed, **seeds))
-        for b in range(policies):
-            first = not (a or b or setting)     # the floor and the ceiling are played once
-            preset = seeded(changed, **seeds, imagination=b)
-            own = branch(trunk, own_root / f"agent{a}-policy{b}", "agent",
-                         replace(preset, evaluation=replace(judged, demonstrator=run.asked.evaluation.demonstrator if first else 0)))
-            say(f"{own.folder}")
-            kinds = None if first else ("PMPO",) if b or phase == "imagination" else ("cloning", "PMPO")
-            for view, r in ((view, r) for view in by_task(own) for r in closed_loop(view, kinds)):
-                kind, _, readout = r.policy.partition(", ")
-                s, heads = r.summary(), {"cloning": view.agent[1], "PMPO": view.imagination}.get(kind)
-                rows.append({"task": r.task, "setting": setting or None, "value": value, "policy": kind, "agent_seed": a if readout else None,
-                             "policy_seed": b if kind == "PMPO" else None, "readout": readout or None, "n": len(r), "decisions": r.decisions,
-                             "catch": s["any"], "low": s["any_interval"][0], "high": s["any_interval"][1], "held": s["held"], "return": s["return"],
-                             "dreamed": dreamed_return(view, heads) if readout == "sample" else None})
-    return rows
-
-# %% ../nbs/22_chain.ipynb #cell-50
-def dream_study(run: Run, seeds: int = 2, setting: str = "", value=None) -> list[dict]:
-    """Tokenizer and dream on held-out episodes, one row for each of `seeds` trainings of the phase that `setting` belongs to (else
-    the dynamics) and of all phases between it and the dynamics. Kept in the folder `dreams` of the run; a second call goes on."""
-    phase, rows = setting.partition(".")[0] or "dynamics", []
-    changed = with_setting(run.asked, setting, value) if setting else run.asked
-    for seed in range(seeds):
-        preset = seeded(changed, **{name: seed for name in ("tokenizer", "dynamics") if ORDER.index(name) >= ORDER.index(phase)})
-        own = branch(run, run.folder / "dreams" / (f"{setting}={value}" if setting else "as it is") / f"seed{seed}", ORDER[ORDER.index(phase) - 1], preset)
-        say(f"{own.folder}")
-        own.dynamics
-        for view in by_task(own):
-            found = measured(view)
-            rows.append({"task": view.task, "setting": setting or None, "value": value, "seed": seed, "windows": found["dreams"],
-                         "tokenizer": found["tokenizer"], "dream": found["dream"]["mean"], "ratio": found["dream"]["action_shuffle_ratio"],
-                         "seconds": {name: own.phases[name]["seconds"] for name in ORDER[1:] if name in own.phases}})
-    return rows
-
-
-def keep_rows(path: Path, rows: list[dict]) -> None:
-    "Writes rows into a JSON file, in place of those there that differ from one of them in results only."
-    identity = ("task", "setting", "value", "policy", "agent_seed", "policy_seed", "readout", "decisions", "seed")
-    key = lambda row: tuple(json.dumps(row.get(k)) for k in identity)
-    old = json.loads(path.read_text())["rows"] if path.exists() else []
-    new = set(map(key, rows))
-    write_json(path, {"rows": [row for row in old if key(row) not in new] + rows, "date": date.today().isoformat(), "machine": machine()})

@@ -26,13 +26,15 @@ import tyro
 from tqdm import tqdm
 
 from .core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, write_json
-from .envs import Planner, collect_episodes, make_env, render_states, save_demonstrations, setup_gl, task_info
+from .envs import make_env, render_states, setup_gl, task_info
+from .planner import Planner, collect_episodes, save_demonstrations
 from .data import Episode, EpisodeStore, building
 from .training import leave_ranks
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .scaling import bench, bench_table, matmul_peak
 from .presets import PRESETS, TINY, Preset
-from .chain import Run, by_task, closed_loop, cores, dream_study, finish, keep_rows, say, ship, study
+from .chain import Run, by_task, closed_loop, cores, finish, say, ship
+from .study import dream_study, keep_rows, study
 
 # %% ../nbs/24_cli.ipynb #cell-9
 Name = Literal["tiny", "small", "base", "paper", "micro"]

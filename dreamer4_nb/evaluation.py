@@ -22,7 +22,8 @@ from scipy import stats
 from tqdm import tqdm
 
 from .core import UserError, atomic_path, check_shape, step_generator, to_uint8, use_style, write_json
-from .envs import Planner, VectorEnv, solved
+from .envs import VectorEnv, solved
+from .planner import Planner
 from .data import to_float
 
 # %% ../nbs/18_evaluation.ipynb #cell-7
@@ -150,7 +151,7 @@ class RandomPolicy:
 
 # %% ../nbs/18_evaluation.ipynb #cell-41
 class PlannerPolicy:
-    "The demonstrator of notebook 06, which reads the simulator's state in place of the frames; `knobs` go to `Planner`."
+    "The demonstrator of notebook 07, which reads the simulator's state in place of the frames; `knobs` go to `Planner`."
     name, sees = "planner", "states"
 
     def __init__(self, task: str, **knobs): self.task, self.knobs = task, knobs

@@ -12,7 +12,8 @@ import torch
 
 from dreamer4_nb.agent import load_agent
 from dreamer4_nb.chain import ship
-from dreamer4_nb.cli import PRESETS, main, parse
+from dreamer4_nb.presets import PRESETS
+from dreamer4_nb.cli import main, parse
 from dreamer4_nb.core import asset, UserError
 from dreamer4_nb.tokenizer import load_tokenizer
 
