@@ -25,7 +25,8 @@ import torch
 
 from .core import UserError, image_grid, load_checkpoint, pick_device, pick_dtype, save_checkpoint, save_video, to_dict, write_json
 from .envs import task_info
-from .data import EpisodeStore, LatentStore, load_demonstrations
+from .stores import EpisodeStore
+from .data import LatentStore, load_demonstrations
 from .tokenizer import Tokenizer, encode_store, load_tokenizer, tokenizer_report, train_tokenizer
 from .dynamics import load_dynamics, train_dynamics
 from .generation import WorldModel, rollout_report

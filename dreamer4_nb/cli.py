@@ -28,8 +28,8 @@ from tqdm import tqdm
 from .core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, write_json
 from .envs import make_env, render_states, setup_gl, task_info
 from .planner import Planner, collect_episodes, save_demonstrations
-from .data import Episode, EpisodeStore, building
-from .training import leave_ranks
+from .stores import Episode, EpisodeStore, building
+from .ranks import leave_ranks
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .scaling import bench, bench_table, matmul_peak
 from .presets import PRESETS, TINY, Preset

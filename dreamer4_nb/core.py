@@ -6,20 +6,22 @@
 __all__ = ['Config', 'UserError', 'pick_device', 'pick_dtype', 'autocast', 'cast_linear', 'seed_everything', 'step_generator',
            'cache_dir', 'asset', 'use_style', 'atomic_path', 'write_json', 'save_checkpoint', 'load_checkpoint',
            'to_dict', 'from_dict', 'load_weights', 'check_shape', 'check_finite', 'to_uint8', 'save_video',
-           'video_html', 'show_video', 'image_grid']
+           'video_html', 'show_video', 'image_grid', 'explore']
 
 # %% ../nbs/00_core.ipynb #cell-2
 import base64, contextlib, dataclasses, glob, hashlib, io, json, os, random, shutil, socket, types, typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
 import imageio.v3 as imageio
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import safetensors.torch
 import torch
-from IPython.display import HTML
+from IPython import get_ipython
+from IPython.display import HTML, display
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -323,3 +325,27 @@ def image_grid(frames: Tensor, titles: list | None = None, rows: list | None = N
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return fig
+
+# %% ../nbs/00_core.ipynb #cell-92
+def explore(draw: Callable[..., plt.Figure], **controls) -> dict[str, ipywidgets.Widget]:
+    """The figure that `draw(**values)` makes, under a slider or a menu for each of its arguments; moving one draws it again.
+
+    controls: as for `ipywidgets.interactive`, e.g. `tau=(0.0, 1.0, 0.05)` or `steps=[1, 2, 4]`; they begin at the defaults of `draw`.
+    Returns the widgets by name. They are shown where somebody sits at the kernel; the figure is an ordinary output and stays.
+    """
+    panel = ipywidgets.interactive(draw, {"manual": True}, **controls)       # makes the widgets; the drawing is ours
+    widgets = {widget.description: widget for widget in panel.kwargs_widgets}
+    for widget in widgets.values():
+        widget.continuous_update = False      # a slider counts where it is let go
+
+    def picture():
+        figure = draw(**{name: widget.value for name, widget in widgets.items()})
+        plt.close(figure)                     # or matplotlib would show it a second time
+        return figure
+
+    if getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):      # somebody could answer a question
+        display(ipywidgets.HBox(list(widgets.values()), layout={"flex_flow": "wrap"}))
+    shown = display(picture(), display_id=True)
+    for widget in widgets.values():
+        widget.observe(lambda change: shown.update(picture()), names="value")
+    return widgets

@@ -18,9 +18,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import UserError
 from .forcing import Schedule
-from .blocks import BlockCausalTransformer, TransformerConfig
+from .attention import TransformerConfig
+from .blocks import BlockCausalTransformer
 from .data import Batch
-from .training import LossModule, LossScale, TrainConfig, add_gradients, make_optimiser, pick_trainable
+from .ranks import LossModule
+from .training import LossScale, TrainConfig, add_gradients, make_optimiser, pick_trainable
 from .tokenizer import Tokenizer, TokenizerConfig, tokenizer_loss
 from .dynamics import Dynamics, DynamicsConfig, dynamics_loss
 

@@ -15,7 +15,8 @@ from einops import rearrange, repeat
 
 from .core import UserError, asset, check_shape, from_dict, load_checkpoint, load_weights, seed_everything, to_dict
 from .forcing import Schedule, forcing_loss, noise_context
-from .blocks import BlockCausalTransformer, TokenLayout, TransformerConfig, segment_mask, time_mask
+from .attention import TransformerConfig, segment_mask, time_mask
+from .blocks import BlockCausalTransformer, TokenLayout
 from .data import Windows
 from .training import TrainConfig, fit
 

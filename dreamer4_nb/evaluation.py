@@ -88,7 +88,7 @@ def interval(successes, level: float = 0.95) -> tuple[float, float]:
     low, high = test.proportion_ci(level, method="wilson")
     return float(low), float(high)
 
-# %% ../nbs/18_evaluation.ipynb #cell-22
+# %% ../nbs/18_evaluation.ipynb #cell-24
 def bootstrap(values, level: float = 0.95, draws: int = 10_000, seed: int = 0) -> tuple[float, float]:
     "Percentile bootstrap interval of the mean of values (n,), or of paired differences."
     values, rng = np.asarray(values, np.float64), np.random.default_rng(seed)
@@ -98,7 +98,7 @@ def bootstrap(values, level: float = 0.95, draws: int = 10_000, seed: int = 0) -
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
-# %% ../nbs/18_evaluation.ipynb #cell-25
+# %% ../nbs/18_evaluation.ipynb #cell-27
 def compare(a: Records, b: Records, measure: str = "any") -> dict:
     """Policy a against policy b on the same seeds: difference of means with its paired bootstrap interval, wins and
     losses, and p of the exact sign test (two-sided). `measure`: any, held or returns. Raises UserError on other seeds.
@@ -113,7 +113,7 @@ def compare(a: Records, b: Records, measure: str = "any") -> dict:
     return {"a": a.policy, "b": b.policy, "measure": measure, "n": len(x), "difference": float((x - y).mean()),
             "interval": bootstrap(x - y), "wins": wins, "losses": losses, "ties": len(x) - wins - losses, "p": p}
 
-# %% ../nbs/18_evaluation.ipynb #cell-36
+# %% ../nbs/18_evaluation.ipynb #cell-38
 def runs_interval(values, level: float = 0.95) -> tuple[float, float]:
     "Student's t interval of the mean over training runs: one value (a rate, or a paired difference) per run."
     values = np.asarray(values, np.float64)
@@ -138,7 +138,7 @@ def gains(rows: list[dict], measure: str = "catch") -> list[dict]:
             out.append(like | {"by_agent": by_agent, "mean": float(np.mean(by_agent)), "interval": runs_interval(by_agent) if len(by_agent) > 1 else None})
     return out
 
-# %% ../nbs/18_evaluation.ipynb #cell-40
+# %% ../nbs/18_evaluation.ipynb #cell-42
 class RandomPolicy:
     "Uniform actions in [−1, 1]."
     name, sees = "random", "nothing"
@@ -149,7 +149,7 @@ class RandomPolicy:
 
     def act(self, frames): return self.rng.uniform(-1, 1, (self.n, self.action_dim)).astype(np.float32)
 
-# %% ../nbs/18_evaluation.ipynb #cell-41
+# %% ../nbs/18_evaluation.ipynb #cell-43
 class PlannerPolicy:
     "The demonstrator of notebook 07, which reads the simulator's state in place of the frames; `knobs` go to `Planner`."
     name, sees = "planner", "states"
@@ -160,7 +160,7 @@ class PlannerPolicy:
 
     def act(self, states): return self.planner.plan(states)
 
-# %% ../nbs/18_evaluation.ipynb #cell-43
+# %% ../nbs/18_evaluation.ipynb #cell-45
 def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int = 2, keep: int = 0, name: str | None = None,
                     image: int = 64, progress: bool = False) -> Records:
     """Runs one episode per seed in the real environment, all seeds as one batch, and records what each came to.
@@ -195,7 +195,7 @@ def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int
     kept = {"frames": np.stack(kept_frames, 1), "actions": np.stack(kept_actions, 1)} if keep else {}
     return Records.of_rewards(name, task, seeds, rewards, info={"seconds": time.perf_counter() - began}, **kept)
 
-# %% ../nbs/18_evaluation.ipynb #cell-52
+# %% ../nbs/18_evaluation.ipynb #cell-54
 def closed_loop_rows(records: list[Records], baseline: str = "random", measure: str = "any") -> list[dict]:
     "One row a policy for the table: its summary, and its paired comparison with the policy called `baseline`."
     base = next((r for r in records if r.policy == baseline), None)
@@ -206,7 +206,7 @@ def closed_loop_rows(records: list[Records], baseline: str = "random", measure: 
         rows.append(row | ({"against": baseline, **{k: compare(r, base, measure)[k] for k in ("difference", "interval", "wins", "losses", "p")}} if paired else {}))
     return rows
 
-# %% ../nbs/18_evaluation.ipynb #cell-53
+# %% ../nbs/18_evaluation.ipynb #cell-55
 def closed_loop_table(rows: list[dict]) -> list[dict]:
     "The rows of `closed_loop_rows` as text: rates with intervals, difference with interval, p."
     span = lambda low, high, form: f"[{low:{form}}, {high:{form}}]"
@@ -224,7 +224,7 @@ def text_table(rows: list[dict]) -> str:
     lines = [{k: k for k in names}, *rows]
     return "\n".join("  ".join(line[k].ljust(widths[k]) for k in names).rstrip() for line in lines)
 
-# %% ../nbs/18_evaluation.ipynb #cell-75
+# %% ../nbs/18_evaluation.ipynb #cell-77
 @torch.no_grad()
 def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     """The real episode beside the policy's dream of it: (t, h, 2w + 2, c) uint8.
@@ -243,7 +243,7 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     dream[:prefix, -2:] = 255
     return np.concatenate([frames, np.full_like(frames[:, :, :2], 255), dream], 2)
 
-# %% ../nbs/18_evaluation.ipynb #cell-80
+# %% ../nbs/18_evaluation.ipynb #cell-82
 @torch.no_grad()
 def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
     "Truth and reconstruction (2, n, c, h, w) of frames drawn from the episodes of a store, each decoded in its episode's stream."
@@ -255,7 +255,7 @@ def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
         pairs.append(torch.stack([frames[t], tokenizer.decode(tokenizer.encode(past))[0, -1]]))
     return torch.stack(pairs, 1).cpu()
 
-# %% ../nbs/18_evaluation.ipynb #cell-81
+# %% ../nbs/18_evaluation.ipynb #cell-83
 @torch.no_grad()
 def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: int = 0):
     "Truth and dream (2, n, length, c, h, w) of windows of a store, driven by the true actions."
@@ -271,7 +271,7 @@ def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: in
     latents = world.rollout(world.tokenizer.encode(frames), actions, prefix, step_generator(seed), agent, known)
     return torch.stack([frames, world.tokenizer.decode(latents)]).cpu()
 
-# %% ../nbs/18_evaluation.ipynb #cell-85
+# %% ../nbs/18_evaluation.ipynb #cell-87
 def curves_figure(histories: dict[str, dict[str, list]]):
     """One panel per phase: each logged loss and metric over the steps, its last value in the legend. `histories[phase]` holds a list
     `step` and a list for each; what only keeps the books (learning rate, speed, gradient norm, shares) is left out."""
@@ -285,7 +285,7 @@ def curves_figure(histories: dict[str, dict[str, list]]):
         ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
     return fig
 
-# %% ../nbs/18_evaluation.ipynb #cell-86
+# %% ../nbs/18_evaluation.ipynb #cell-88
 def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", "latent_error", "ball_error", "ball_visible")):
     "One panel per metric over the frames of a dream, beside its floors and its ceiling: `per_step` of `rollout_report`."
     use_style()
@@ -298,7 +298,7 @@ def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", 
     axes[0, 0].legend(fontsize=7)
     return fig
 
-# %% ../nbs/18_evaluation.ipynb #cell-87
+# %% ../nbs/18_evaluation.ipynb #cell-89
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 h1{margin-bottom:0}h2{margin-top:2.5rem;border-bottom:1px solid #ddd}table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;white-space:nowrap;text-align:left;border-bottom:1px solid #eee;font-variant-numeric:tabular-nums}th{color:#555}
@@ -329,7 +329,7 @@ def _matrix(figures: dict[str, dict[str, float]]) -> list[dict]:
     metrics = sorted({m for row in figures.values() for m in row}, key=lambda m: ([*METRICS, m].index(m), m))
     return [{"": METRICS.get(m, m.replace("_", " "))} | {name.replace("_", " "): row.get(m) for name, row in figures.items()} for m in metrics]
 
-# %% ../nbs/18_evaluation.ipynb #cell-88
+# %% ../nbs/18_evaluation.ipynb #cell-90
 SECTIONS = {
     "policy": "The policy in the real environment",
     "closed_loop": "Closed loop",
@@ -341,7 +341,7 @@ INTERVALS = ("Intervals are 95%: Wilson for rates, bootstrap for returns and for
              "seeds. They say how sure these numbers are for <em>this</em> training run; another seed of training moves them more "
              "than that (notebook 18).")
 
-# %% ../nbs/18_evaluation.ipynb #cell-89
+# %% ../nbs/18_evaluation.ipynb #cell-91
 def findings(results: dict) -> list[str]:
     "The main numbers of results.json as sentences, each beside its floor or ceiling."
     out, rate = [], lambda r: f"{r['any']:.2f} [{r['any_interval'][0]:.2f}, {r['any_interval'][1]:.2f}]"
@@ -360,7 +360,7 @@ def findings(results: dict) -> list[str]:
         out.append(f"action-shuffle ratio {results['dream']['action_shuffle_ratio']:.2f} (1 = the dream ignores the actions)")
     return out
 
-# %% ../nbs/18_evaluation.ipynb #cell-90
+# %% ../nbs/18_evaluation.ipynb #cell-92
 def report(run_dir) -> Path:
     """Writes `report.html` into a run folder and returns its path: one file, nothing loaded from elsewhere.
 

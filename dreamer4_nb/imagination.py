@@ -35,7 +35,7 @@ def lambda_returns(rewards, continues, values, gamma: float, lam: float):
         out.append(last)
     return torch.stack(out[::-1], 1)
 
-# %% ../nbs/17_imagination.ipynb #cell-14
+# %% ../nbs/17_imagination.ipynb #cell-16
 def pmpo_loss(log_prob, advantage, kl, alpha: float = 0.5, beta: float = 0.3):
     """PMPO with the reverse KL to the prior (paper, Eq. 11); log_prob, advantage, kl of one shape. Returns a scalar.
 
@@ -46,7 +46,7 @@ def pmpo_loss(log_prob, advantage, kl, alpha: float = 0.5, beta: float = 0.3):
     mean = lambda mask: (log_prob * mask).sum() / mask.sum().clamp(min=1)
     return (1 - alpha) * mean(negative) - alpha * mean(positive) + beta * kl.mean()
 
-# %% ../nbs/17_imagination.ipynb #cell-22
+# %% ../nbs/17_imagination.ipynb #cell-24
 @dataclass(frozen=True)
 class ImaginationConfig:
     "Phase 3 (paper, section 3.4). UserError for values out of range."
@@ -65,7 +65,7 @@ class ImaginationConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; at least 1 is needed")
 
-# %% ../nbs/17_imagination.ipynb #cell-23
+# %% ../nbs/17_imagination.ipynb #cell-25
 @torch.no_grad()
 def imagine(world: WorldModel, heads: AgentHeads, policy: PolicyHead, batch, config: ImaginationConfig, generator):
     """One dream a row, seeded with the batch's first `context` frames (a `Batch` with latents).
@@ -86,7 +86,7 @@ def imagine(world: WorldModel, heads: AgentHeads, policy: PolicyHead, batch, con
     return {"h": h, "actions": torch.stack(actions, 1), "latents": torch.stack(latents, 1),
             "rewards": rewards, "continues": continues}
 
-# %% ../nbs/17_imagination.ipynb #cell-29
+# %% ../nbs/17_imagination.ipynb #cell-31
 def imagination_loss(world: WorldModel, heads: AgentHeads, config: ImaginationConfig):
     "A loss for `fit` over modules policy and value (paper, section 3.4); everything else, and the prior, stays frozen."
     frozen = nn.ModuleDict({"world": world, "heads": heads, "prior": heads.policy})
@@ -108,7 +108,7 @@ def imagination_loss(world: WorldModel, heads: AgentHeads, config: ImaginationCo
 
     return loss
 
-# %% ../nbs/17_imagination.ipynb #cell-43
+# %% ../nbs/17_imagination.ipynb #cell-45
 def train_imagination(latents, world: WorldModel, heads: AgentHeads, config: ImaginationConfig, train: TrainConfig, run_dir,
                       batch: int = 64, focus: float = 0.7):
     """Phase 3: trains copies of the policy and value heads in dreams seeded from the LatentStore; returns heads with them.

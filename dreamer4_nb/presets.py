@@ -10,7 +10,7 @@ __all__ = ['TINY', 'SMALL', 'MICRO', 'BASE', 'PAPER', 'PRESETS', 'MINUTES', 'Tok
 from dataclasses import dataclass, replace
 
 from .core import UserError
-from .blocks import TransformerConfig
+from .attention import TransformerConfig
 from .envs import TASKS, task_info
 from .training import TrainConfig
 from .tokenizer import TokenizerConfig

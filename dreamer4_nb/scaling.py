@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from .core import UserError, autocast, cast_linear, pick_device, pick_dtype, seed_everything
-from .blocks import BlockCausalTransformer, TransformerConfig
+from .attention import TransformerConfig
+from .blocks import BlockCausalTransformer
 from .training import TrainConfig
 from .tokenizer import TokenizerConfig
 from .dynamics import Dynamics, DynamicsConfig, dynamics_loss

@@ -24,7 +24,8 @@ from .core import (UserError, asset, check_shape, from_dict, load_checkpoint, lo
                               step_generator, to_dict)
 from .data import LatentStore, Windows, to_float
 from .training import TrainConfig, fit
-from .blocks import BlockCausalTransformer, TokenLayout, TransformerConfig
+from .attention import TransformerConfig
+from .blocks import BlockCausalTransformer, TokenLayout
 
 # %% ../nbs/12_tokenizer.ipynb #cell-7
 @dataclass(frozen=True)

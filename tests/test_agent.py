@@ -7,7 +7,7 @@ import torch
 
 from dreamer4_nb.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy, agent_loss, ahead, load_agent, masked_mean,
                                symexp, symlog, train_agent, two_hot)
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from dreamer4_nb import blocks
-from dreamer4_nb.blocks import BlockCausalTransformer, TransformerConfig
+from dreamer4_nb import attention
+from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.blocks import BlockCausalTransformer
 from dreamer4_nb.core import UserError, autocast
 from dreamer4_nb.costs import (LOSSES, MACHINES, SHAPES, Machine, Shape, activations, best_way, build, costs, count_flops, count_parameters,
                                forward_flops, pick_shape, predict, random_batches, saved_bytes, stream_bound, teacher_share, training_step)
@@ -188,7 +189,7 @@ def gpu_attend(q, k, v, mask=None, softcap=0.0, causal=False):
 def test_activations_with_a_gpus_attention(monkeypatch, name):
     "With and without a mask along time (image rows), with heads that share keys and values and without."
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)
-    monkeypatch.setattr(blocks, "attend", gpu_attend)
+    monkeypatch.setattr(attention, "attend", gpu_attend)
     with FakeTensorMode():
         measured = kept(SHAPES[name], torch.bfloat16, False)
     found = activations(name, half=True, fused=True)

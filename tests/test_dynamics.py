@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, load_dynamics, video_loss

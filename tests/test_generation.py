@@ -7,9 +7,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data import Episode, EpisodeStore
+from dreamer4_nb.stores import Episode, EpisodeStore
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.forcing import Schedule, sample_sequence
 from dreamer4_nb.generation import DreamEnv, WorldModel, pick_windows, rollout_report

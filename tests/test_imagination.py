@@ -8,7 +8,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dreamer4_nb.agent import AgentConfig, AgentHeads, Categorical
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig

@@ -52,6 +52,24 @@ def test_every_module_has_its_notebook():
     assert modules == set(RUNG)
 
 
+@pytest.mark.parametrize("page", [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "README.md"], ids=lambda page: page.name)
+def test_links_lead_to_the_notebook_that_they_name(page):
+    text = page.read_text(encoding="utf-8")
+    numbers = {f"{rung:02}" for rung in RUNG.values()}
+    for said, target in re.findall(r"\[([^\]\[]*)\]\(([^()\s]*\.ipynb)\)", text):
+        assert ((ROOT if page.stem == "index" else page.parent) / target).is_file(), target     # the index becomes README.md
+        if number := re.match(r"\d\d", said):
+            assert Path(target).name.startswith(number[0]), f"[{said}]({target})"
+    for said in re.findall(r"[Nn]otebooks? (\d\d)", text):
+        assert said in numbers, f"notebook {said}"
+
+
+@pytest.mark.parametrize("name", RUNG)
+def test_no_widget_is_stored(name):
+    "Without its kernel a widget is an error message; `explore` leaves the figure. Run the notebook by `jupyter nbconvert --execute --inplace`."
+    assert "widget-view" not in NOTEBOOKS[name].read_text(encoding="utf-8")
+
+
 def test_evaluation_does_not_need_the_training_loop():
     seen, todo = set(), {"evaluation"} & set(RUNG)
     while todo:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dreamer4_nb import scaling
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear
 from dreamer4_nb.costs import LOSSES, MACHINES, Shape, build, count_parameters, predict, random_batches
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 
 from dreamer4_nb.core import UserError, load_checkpoint
 from dreamer4_nb.dynamics import Dynamics, dynamics_loss
-from dreamer4_nb.training import Checkpoints, fit
+from dreamer4_nb.ranks import Checkpoints
+from dreamer4_nb.training import fit
 from toy_sharding import CONFIG, make_batch, make_config
 
 TOY = Path(__file__).parent / "toy_sharding.py"

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer4_nb.blocks import TransformerConfig
+from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.tokenizer import (BALL_SCORE, Tokenizer, TokenizerConfig, ball_metrics, ball_position, draw_mask, gradient_difference,
                                    load_tokenizer, patchify, tokenizer_loss, unpatchify)

@@ -9,7 +9,8 @@ from torch import nn
 
 from dreamer4_nb import core
 from dreamer4_nb.core import save_checkpoint, step_generator
-from dreamer4_nb.training import TrainConfig, fit, leave_ranks
+from dreamer4_nb.ranks import leave_ranks
+from dreamer4_nb.training import TrainConfig, fit
 
 
 def make_modules(seed=0):
