@@ -37,7 +37,7 @@ from .chain import Run, by_task, closed_loop, cores, finish, say, ship
 from .study import dream_study, keep_rows, study
 
 # %% ../nbs/24_cli.ipynb #cell-9
-Name = Literal["tiny", "small", "base", "paper", "micro"]
+Name = Literal["tiny", "long", "small", "base", "paper", "micro"]
 Settings = Annotated[Preset, tyro.conf.arg(name="")]
 
 
@@ -48,7 +48,7 @@ class Demo:
     Stop it at any moment; the same command goes on where it stopped. Every setting below may be overridden.
     """
     run: Path = Path("runs/demo")  # folder for checkpoints, logs, results.json and report.html
-    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), small (one GPU, an hour), base and paper (many GPUs, days), micro (a minute, learns nothing)
+    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), long (two cores, two hours), small (one GPU, an hour), base and paper (many GPUs, days), micro (a minute, learns nothing)
     settings: Settings = TINY
 
     def __call__(self):
@@ -186,7 +186,7 @@ class Collect:
                 for piece in tqdm(pieces, desc=f"collecting {len(numbers)} episodes", disable=not sys.stderr.isatty()))
         if out.suffix == ".npz":
             episodes = sum(made, [])
-            save_demonstrations(out, self.task, episodes, self.seed, self.image)
+            save_demonstrations(out, self.task, episodes, [self.seed + number for number in numbers], self.image)
             caught = [e["rewards"].max() > 0 for e in episodes]
         else:
             caught = []

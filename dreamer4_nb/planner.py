@@ -162,11 +162,14 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
     return [dict(zip(names, (np.array(column, np.float32) for column in zip(*row))), quality=str(q)) for row, q in zip(rows, qualities)]
 
 # %% ../nbs/07_planner.ipynb #cell-34
-def save_demonstrations(path, task: str, episodes: list[dict], seed: int = 0, image: int = 64) -> None:
-    "Write what `collect_episodes` gave as one compressed file of states and actions; pixels are rendered from it on first use."
+def save_demonstrations(path, task: str, episodes: list[dict], seeds, image: int = 64) -> None:
+    """Write what `collect_episodes` gave as one compressed file of states and actions; pixels are rendered from it on first use.
+
+    seeds: of each episode's reset (n,), for whoever wants to play it again. Actions, intended or executed, and rewards are kept in float16.
+    """
     joined = {name: np.concatenate([episode[name] for episode in episodes]) for name in ("states", "actions", "intended", "rewards")}
     halves = {name: joined[name].astype(np.float16) for name in ("actions", "intended", "rewards")}
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, states=joined["states"].astype(np.float32), **halves, task=np.array(task), seed=np.array(seed),
+        np.savez_compressed(file, states=joined["states"].astype(np.float32), **halves, task=np.array(task), seeds=np.asarray(seeds),
                             lengths=np.array([len(episode["rewards"]) for episode in episodes], np.int32),
                             quality=np.array([episode["quality"] for episode in episodes], "<U8"), image=np.array(image))
