@@ -304,7 +304,7 @@ def finish(run: Run) -> list[Path]:
 def _report(run: Run, results: dict, records: list[Records], captions: dict) -> Path:
     by_name, p = {r.policy: r for r in records}, run.preset.evaluation
     results |= {"task": run.task, "date": date.today().isoformat(), "preset": to_dict(run.preset), "machine": machine(), "captions": captions, "closed_loop": closed_loop_rows(records),
-                "pmpo_minus_cloning": [compare(by_name[f"PMPO, {r}"], by_name[f"cloning, {r}"]) for r in p.readouts],
+                "pmpo_minus_cloning": [compare(by_name[f"PMPO, {r}"], by_name[f"cloning, {r}"], measure) for measure in ("any", "returns") for r in p.readouts],
                 "phases": {k: {"seconds": v["seconds"], "order": (*ORDER, "evaluation").index(k)} for k, v in run.phases.items()}}
     write_json(run.place / "results.json", results)
     return report(run.place)

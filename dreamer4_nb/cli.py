@@ -58,7 +58,7 @@ class Demo:
             results = json.loads((path.parent / "results.json").read_text())
             say(f"\n{results['task']}\n{text_table(closed_loop_table(results['closed_loop']))}")
             for c in results["pmpo_minus_cloning"]:
-                say(f"{c['a']} minus {c['b']}: {c['difference']:+.2f} [{c['interval'][0]:+.2f}, {c['interval'][1]:+.2f}], p {c['p']:.2g}")
+                say(f"{c['a']} minus {c['b']}, {c['measure']}: {c['difference']:+.2f} [{c['interval'][0]:+.2f}, {c['interval'][1]:+.2f}], p {c['p']:.2g}")
             say(f"the report, one file to open in a browser: {path}")
 
 # %% ../nbs/24_cli.ipynb #cell-11
