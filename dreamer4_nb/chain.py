@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import fields
 from datetime import date
 from functools import cached_property
 from pathlib import Path

@@ -203,7 +203,7 @@ class Collect:
 @dataclass(frozen=True)
 class Bench:
     "Frames a second in training, encoding, decoding and dreaming, on random data: medians with quartiles, beside the machine's matmul peak."
-    shape: Literal["peers", "tiny", "small", "base", "paper"] = "tiny"  # sizes of models and batches (dreamer4_nb.scaling.SHAPES)
+    shape: Literal["peers", "tiny", "small", "base", "paper"] = "tiny"  # sizes of models and batches (dreamer4_nb.costs.SHAPES)
     json: Path | None = None             # also write the figures here
     seconds: float = 3.0                 # for each item
     device: str = "auto"                 # auto, cpu, cuda
