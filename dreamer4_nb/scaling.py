@@ -26,7 +26,7 @@ from .training import TrainConfig
 from .tokenizer import TokenizerConfig
 from .dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from .generation import WorldModel
-from .costs import LOSSES, SHAPES, Shape, build, costs, count_flops, count_parameters, pick_shape, random_batches, saved_bytes, training_step
+from .costs import LOSSES, Shape, build, costs, count_flops, count_parameters, pick_shape, random_batches, saved_bytes, training_step
 
 # %% ../nbs/20_scaling.ipynb #cell-8
 @dataclass(frozen=True)
