@@ -118,6 +118,10 @@ class Dynamics(nn.Module):
         "An empty KV cache for streaming."
         return self.transformer.init_cache(batch, device)
 
+    def place(self, cache, batch: int):
+        "Where the next frame of `batch` rows goes in the cache, worked out once for all forwards of that frame."
+        return self.transformer.place(cache, batch)
+
     def forward(self, z, i, j, actions, action_known, agent=None, segments=None, context=None, cache=None, commit=True):
         """Returns (x_hat (b, t, n_tokens, d_token), h (b, t, n_agent, width) or None).
 
@@ -127,7 +131,8 @@ class Dynamics(nn.Module):
         segments: (b, t) clip numbers: frames attend only within their own clip;
         context: z's shape, the same frames as they stand in a cache (`noise_context`): then every frame of z sees the context's
         earlier frames in place of its own batch's, as in use, and h is read on the context's frames;
-        cache: frames z follow those in it, and join it if `commit`. UserError for wrong shapes.
+        cache: frames z follow those in it, and join it if `commit`; or the place in it of the one frame z (`place`).
+        UserError for wrong shapes.
         """
         c, (b, t), width = self.config, z.shape[:2], self.config.transformer.width
         check_shape("z", z, "b t n d", n=c.n_tokens, d=c.d_token)

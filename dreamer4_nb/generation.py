@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 from .core import UserError, check_shape, to_uint8
+from .flow import interpolate
 from .shortcut import shortcut_step
 from .forcing import Schedule, noise_context
 from .blocks import KVCache
@@ -54,9 +55,11 @@ class WorldModel(nn.Module):
                             f"{dynamics.config.schedule.k_max}; use the same")
 
     def compile(self, **options) -> None:
-        "Compiles all transformers (options: of `torch.compile`); the first frames then take their time, once for each shape."
+        """Compiles the tokenizer, and all forwards of a frame as one program (options: of `torch.compile`). The first frames then take
+        their time, once for each shape."""
         for part in (self.tokenizer.encoder, self.tokenizer.decoder, self.dynamics.transformer):
             part.compile(**options)
+        self.draw_frame = torch.compile(self.draw_frame, **options)
 
     def start(self, batch: int, generator: torch.Generator, agent=None) -> Dream:
         "An empty dream for `batch` rows; observe a context next."
@@ -81,22 +84,31 @@ class WorldModel(nn.Module):
                 action_known[:, 0] = False
         return self.commit(dream, self.dynamics.normalise(latents), actions, action_known)
 
+    def draw_frame(self, z, noise, actions, agent, place):
+        """All K + 1 forwards of one frame: noise z (b, 1, n_tokens, d_token) becomes the frame z, which is committed at `place` with
+        the context noise `noise` (z's shape). Returns z and h (b, 1, n_agent, width) or None."""
+        s, known = self.schedule, torch.ones(len(z), 1, dtype=torch.bool, device=z.device)
+        index = lambda n: torch.full((len(z), 1), n, device=z.device)
+        for i, j in s.sampling_indices():
+            x_hat, _ = self.dynamics(z, index(i), index(j), actions, known, agent, cache=place, commit=False)
+            z = shortcut_step(z, x_hat, i / s.k_max, 2.0 ** -j)
+        context = interpolate(noise, z, s.ctx_tau)
+        _, h = self.dynamics(context, index(s.ctx_index), index(s.ctx_j), actions, known, agent, cache=place, commit=True)
+        return z, h
+
     @torch.no_grad()
     def imagine(self, dream: Dream, action):
         """One more frame: latents (b, n_latents, d_latent) that follow `action` (b, action_dim), committed.
 
         Each step moves z along (x_hat - z)/(1 - tau) by d; the last one lands on x_hat.
         """
-        c, s, b = self.dynamics.config, self.schedule, len(action)
+        c, b = self.dynamics.config, len(action)
         check_shape("action", action, "b a", a=c.action_dim)
-        z = torch.randn(b, 1, c.n_tokens, c.d_token, generator=dream.generator,
-                        device=dream.generator.device).to(action.device)
-        actions, known = action[:, None], torch.ones(b, 1, dtype=torch.bool, device=action.device)
-        for i, j in s.sampling_indices():
-            index = torch.full((b, 1), i, device=z.device), torch.full((b, 1), j, device=z.device)
-            x_hat, _ = self.dynamics(z, *index, actions, known, dream.agent, cache=dream.cache, commit=False)
-            z = shortcut_step(z, x_hat, i / s.k_max, 2.0 ** -j)
-        self.commit(dream, z, actions, known)
+        z, noise = (torch.randn(b, 1, c.n_tokens, c.d_token, generator=dream.generator, device=dream.generator.device).to(action.device)
+                    for _ in range(2))
+        z, h = self.draw_frame(z, noise, action[:, None], dream.agent, self.dynamics.place(dream.cache, b))
+        dream.cache.length += 1
+        dream.h = None if h is None else h[:, -1]
         return self.dynamics.denormalise(z)[:, 0]
 
     @torch.no_grad()

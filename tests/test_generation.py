@@ -41,7 +41,8 @@ def record_calls(world):
     calls = []
 
     def hook(module, args, kwargs):
-        calls.append({"z": args[0].clone(), "i": args[1], "j": args[2], "commit": kwargs["commit"], "length": kwargs["cache"].length})
+        cache = getattr(kwargs["cache"], "cache", kwargs["cache"])   # a place in a cache, or the cache
+        calls.append({"z": args[0].clone(), "i": args[1], "j": args[2], "commit": kwargs["commit"], "length": cache.length})
 
     world.dynamics.register_forward_pre_hook(hook, with_kwargs=True)
     return calls

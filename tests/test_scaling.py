@@ -117,7 +117,7 @@ def test_stream_has_a_full_cache():
     "One more frame at batch 1 sees context - 1 frames, before and after it."
     tokenizer, dynamics = build(MICRO, CPU)
     world, seen = scaling.WorldModel(tokenizer, dynamics).eval(), []
-    dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(kwargs["cache"].past), with_kwargs=True)
+    dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(getattr(kwargs["cache"], "cache", kwargs["cache"]).past), with_kwargs=True)
     latents, actions = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2)
     with torch.no_grad():
         calls = scaling._stream(MICRO, world, latents, actions, CPU)

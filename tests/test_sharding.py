@@ -63,6 +63,27 @@ def test_spread_over_ranks_it_is_the_run_of_one_process(tmp_path, alone, ranks, 
     assert all(state[key].shape[0] == 32 // held for state in files if key in state) and sum(key in state for state in files) == held
 
 
+def test_muon_makes_whole_matrices_of_spread_ones(tmp_path):
+    "Orthogonalised part by part they would be others; and what it remembers is saved, so that a run goes on bit for bit."
+    def run(folder, batches=make_batch):
+        torch.manual_seed(0)
+        fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, batches, make_config(accumulate=4, muon=1), tmp_path / folder, progress=False)
+
+    def stop(i):
+        if i == 5 * 4: raise ZeroDivisionError
+        return make_batch(i)
+
+    run("alone")
+    code, output = torchrun(2, tmp_path / "spread", "--shard", 0, "--accumulate", 2, "--muon", 1)
+    assert code == 0, output
+    here, there = ([json.loads(line)["dynamics"] for line in (tmp_path / name / "toy.log.jsonl").read_text().splitlines()] for name in ("alone", "spread"))
+    assert there == pytest.approx(here, rel=1e-3) and abs(here[-1] - here[0]) > 0.01
+    with pytest.raises(ZeroDivisionError):
+        run("broken", stop)
+    run("broken")
+    assert (tmp_path / "broken" / "toy.safetensors").read_bytes() == (tmp_path / "alone" / "toy.safetensors").read_bytes()
+
+
 def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_goes_on(tmp_path, alone):
     code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 6, restarts=1)
     assert code == 0 and (tmp_path / "died").exists(), output
