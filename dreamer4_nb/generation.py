@@ -201,7 +201,7 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
             "per_step": per_step, "mean": {name: {k: float(np.nanmean(v)) for k, v in rows.items()} for name, rows in per_step.items()},
             "action_shuffle_ratio": shuffled_error / error}
 
-# %% ../nbs/14_generation.ipynb #cell-43
+# %% ../nbs/14_generation.ipynb #cell-45
 class DreamEnv(gymnasium.Env):
     """The dream as a Gymnasium environment: pixels (h, w, 3) uint8 out, actions in [-1, 1] in.
 
