@@ -127,9 +127,8 @@ def _trained(phase, steps: int, **settings):
     return replace(phase, train=replace(phase.train, steps=steps), **settings)
 
 
-LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 15_000, settle=5000), agent=_trained(TINY.agent, 1500),
-               dynamics=replace(TINY.dynamics, batch=16, train=replace(TINY.dynamics.train, steps=31_295, muon=20.0, decay_share=0.4)),
-               evaluation=replace(TINY.evaluation, episodes=200, decisions=500, demonstrator=200, dreams=128))
+LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 15_000, settle=5000), dynamics=_trained(TINY.dynamics, 36_000),
+               agent=_trained(TINY.agent, 1500), evaluation=replace(TINY.evaluation, episodes=200, decisions=500, demonstrator=200, dreams=128))
 SMALL = Preset(
     tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16, settle=8000),
     dynamics=DynamicsPhase(SHAPES["small"].dynamics, TrainConfig(steps=30_000, ema=0.999), batch=32, length=80),
