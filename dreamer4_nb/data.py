@@ -100,7 +100,7 @@ class Windows:
     `windows(step)` depends on nothing but `step` and `seed`. The `steps` from a multiple of `steps` on are a pass: no window comes
     twice in it, or, with weights or focus, as often as its probability says, rounded up or down (and so where a batch has more rows
     than there are windows). Ranks and threads share the steps among them; going on at step k needs no saved state.
-    weights: (E,) relative chance of each episode's windows. focus: of each task, this share of the rows is drawn among windows whose
+    weights: (E,) relative chance of each episode's windows; without them each task has the same share of the rows. focus: of each task, this share of the rows is drawn among windows whose
     middle frame is not yet `solved` (before the catch), the rest among all; no effect where no window or every one is such.
     unlabelled: share of rows whose actions are hidden (`action_known` false). memory: bytes up to which frames or latents
     are held in memory; above, they are read from the store, `readers` windows at the same time, each only its own chunks.
@@ -130,10 +130,16 @@ class Windows:
 
     def _chances(self, weights, focus) -> np.ndarray:
         "(W,) how likely each window is, relative to the others."
-        w = np.ones(len(self.store.lengths)) if weights is None else np.asarray(weights, np.float64)
-        if w.shape != self.store.lengths.shape: raise UserError(f"weights have shape {w.shape}; expected one for each of the {len(self.store.lengths)} episodes")
-        if not np.isfinite(w).all() or (w < 0).any() or not w[self.owner].sum(): raise UserError("weights must be finite, not negative, and above 0 for an episode that is long enough")
-        p, ids, rewards = w[self.owner], self.store.task_ids[self.owner], self.store.arrays.column("rewards")[self.starts + self.length // 2]
+        ids, n = self.store.task_ids[self.owner], len(self.store.lengths)
+        if weights is None:
+            count = np.bincount(ids)
+            p = count.max() / count[ids]                                     # each task has the same share; of one task every window counts 1
+        else:
+            w = np.asarray(weights, np.float64)
+            if w.shape != (n,): raise UserError(f"weights have shape {w.shape}; expected one for each of the {n} episodes")
+            if not np.isfinite(w).all() or (w < 0).any() or not w[self.owner].sum(): raise UserError("weights must be finite, not negative, and above 0 for an episode that is long enough")
+            p = w[self.owner]
+        rewards = self.store.arrays.column("rewards")[self.starts + self.length // 2]
         self.active, q = np.zeros(len(p), bool), p.copy()                    # (W,)
         for k in np.unique(ids):                                             # each task keeps its share of the rows
             mine = ids == k

@@ -191,7 +191,7 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
     others = torch.cat([data.actions[:, :prefix], data.actions[:, new].roll(1, 0)], 1)
     dreamed, shuffled = dream(data.actions), dream(others)
     last = data.latents[:, prefix - 1:prefix].expand(-1, length, -1, -1)
-    mean = world.tokenizer.mean_frame.cpu().expand_as(truth)
+    mean = world.tokenizer.mean_frame.cpu()[world.tokenizer.scene(truth.to(device)).cpu()]
     kinds = {"dream": (decode(dreamed), z(dreamed)), "reconstruction": (decode(data.latents), z(data.latents)),
              "copy_last": (frames[:, prefix - 1:prefix].expand_as(truth), z(last)),
              "mean_frame": (mean, torch.zeros_like(z(last)))}

@@ -102,7 +102,7 @@ def dictated(model, **values):
 # %% ../nbs/21_presets.ipynb #cell-14
 def linked(preset: Preset) -> Preset:
     "The preset with what one part dictates to another filled in: sizes of latents and actions, widths, task, training seeds."
-    tokens, dynamics = preset.tokenizer.model, preset.dynamics.model
+    tokens, dynamics = dictated(preset.tokenizer.model, scenes=len(preset.tasks)), preset.dynamics.model
     action_dim = max(task_info(task).action_dim for task in preset.tasks)      # what a task lacks is zero
     models = {"tokenizer": tokens, "imagination": preset.imagination.model,
               "dynamics": dictated(dynamics, n_latents=tokens.n_latents, d_latent=tokens.d_latent, action_dim=action_dim, n_agent=0),

@@ -42,6 +42,7 @@ class TokenizerConfig:
     false_alarm: float = 0.1   # the same for such a pixel of the output, as a share of `gain`
     spread: float = 0.35       # standard deviation over a batch that every latent is held at: lower, it is ignored; higher, tanh saturates
     slowness: tuple[float, float] = (0.02, 0.5)   # weight of the change of latents from frame to frame, in the first and second part of training
+    scenes: int = 1            # mean frames to tell apart: one for each task
     latent_noise: float = 0.0  # standard deviation of the noise on the latents that the decoder trains with
     transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2, context=16)
 
@@ -50,6 +51,8 @@ class TokenizerConfig:
             raise UserError(f"image size {self.image} is not a multiple of patch {self.patch}; choose a patch that divides it")
         if not 0 <= self.mask_max <= 1:
             raise UserError(f"mask_max is {self.mask_max}; a probability in [0, 1] is needed")
+        if self.scenes < 1:
+            raise UserError(f"scenes is {self.scenes}; at least one mean frame is needed")
         if self.spread <= 0 or min(*self.slowness, self.latent_noise, self.gain, self.false_alarm) < 0:
             raise UserError(f"spread {self.spread} must be positive; slowness {self.slowness}, latent_noise {self.latent_noise}, gain {self.gain} and false_alarm "
                             f"{self.false_alarm} must not be negative")
@@ -117,21 +120,31 @@ class Tokenizer(nn.Module):
         self.to_latent, self.from_latent = nn.Linear(width, config.d_latent), nn.Linear(config.d_latent, width)
         self.to_patch = nn.Linear(width, config.d_patch)
         scale = width ** -0.5
-        place = 0.5 * grid_embedding(config.image // config.patch, width)
+        place = 2 * grid_embedding(config.image // config.patch, width)
         self.encoder_tokens = nn.Parameter(torch.cat([torch.randn(config.n_latents, width) * scale, place]))
         self.decoder_tokens = nn.Parameter(torch.cat([place, torch.randn(config.n_latents, width) * scale]))
         self.mask_token = nn.Parameter(torch.randn(width) * scale)
         nn.init.zeros_(self.to_patch.weight)
         nn.init.zeros_(self.to_patch.bias)
-        image = (config.channels, config.image, config.image)
-        self.register_buffer("mean_frame", torch.full(image, 0.5))
-        self.register_buffer("std_frame", torch.full(image, 0.25))
+        if config.scenes > 1:
+            self.to_scene = nn.Linear(config.n_latents * config.d_latent, config.scenes)
+        images = (config.scenes, config.channels, config.image, config.image)
+        self.register_buffer("mean_frame", torch.full(images, 0.5))
+        self.register_buffer("std_frame", torch.full(images, 0.25))
 
-    def set_statistics(self, frames):
-        "Mean and standard deviation a pixel, from frames (n, c, h, w) in [0, 1] of the training data."
+    def set_statistics(self, frames, scene: int = 0):
+        "Mean and standard deviation a pixel of a scene, from frames (n, c, h, w) in [0, 1] of its training data."
         check_shape("frames", frames, "n c h w", c=self.config.channels, h=self.config.image, w=self.config.image)
-        self.mean_frame.copy_(frames.mean(0))
-        self.std_frame.copy_(frames.std(0))
+        self.mean_frame[scene], self.std_frame[scene] = frames.mean(0), frames.std(0)
+
+    def scene(self, frames, mask=None):
+        """Number of the mean frame that is nearest to each of the frames (..., c, h, w), compared patch by patch on the average
+        colours. Patches dropped by `mask` (..., s) have no say."""
+        colours = lambda x: F.avg_pool2d(x.float().flatten(0, -4), self.config.patch).flatten(2)         # (n, c, s)
+        distance = (colours(frames)[:, None] - colours(self.mean_frame)).square().sum(2)                   # (n, scenes, s)
+        if mask is not None:
+            distance = distance.masked_fill(mask.reshape(-1, 1, mask.shape[-1]), 0)
+        return distance.sum(-1).argmin(1).view(frames.shape[:-3])
 
     def init_cache(self, batch: int, device=None):
         "Caches (encoder, decoder) for frame-by-frame use."
@@ -144,9 +157,10 @@ class Tokenizer(nn.Module):
         """
         c = self.config
         check_shape("frames", frames, "b t c h w", c=c.channels, h=c.image, w=c.image)
-        patches = self.embed_patch(patchify((frames - self.mean_frame) * 16, c.patch))
         if mask is not None:
             check_shape("mask", mask, "b t s", b=len(frames), t=frames.shape[1], s=c.n_patches)
+        patches = self.embed_patch(patchify((frames - self.mean_frame[self.scene(frames, mask)]) * 16, c.patch))
+        if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = F.pad(patches, (0, 0, c.n_latents, 0)) + self.encoder_tokens
         return torch.tanh(self.to_latent(self.encoder(tokens, cache)).float())
@@ -157,7 +171,10 @@ class Tokenizer(nn.Module):
         check_shape("latents", latents, "b t n d", n=c.n_latents, d=c.d_latent)
         tokens = F.pad(self.from_latent(latents), (0, 0, c.n_patches, 0)) + self.decoder_tokens
         patches = self.to_patch(self.decoder(tokens, cache))
-        return self.mean_frame + unpatchify(patches.float(), c.patch, c.image) / 4
+        mean = self.mean_frame[0]
+        if c.scenes > 1:
+            mean = torch.einsum("btk,kchw->btchw", self.to_scene(latents.flatten(2)).float().softmax(-1), self.mean_frame)
+        return mean + unpatchify(patches.float(), c.patch, c.image) / 4
 
     def forward(self, frames, generator=None):
         "Training pass: masked and noised when a generator is given. Returns (reconstruction, latents)."
@@ -171,23 +188,23 @@ class Tokenizer(nn.Module):
             noised = latents + c.latent_noise * noise.to(latents)
         return self.decode(noised), latents
 
-# %% ../nbs/12_tokenizer.ipynb #cell-39
+# %% ../nbs/12_tokenizer.ipynb #cell-42
 def deviation_weight(frames, mean_frame, std_frame, gain: float = 5.0, cap: float = 10.0):
     "1 + gain·min(|x − mean|/(σ + 0.03), cap): pixels that differ from their own average count more."
     return 1 + gain * ((frames - mean_frame).abs() / (std_frame + 0.03)).clamp(max=cap)
 
-# %% ../nbs/12_tokenizer.ipynb #cell-42
+# %% ../nbs/12_tokenizer.ipynb #cell-45
 def spread_error(latents, target: float):
     "Mean over channels of the distance between the standard deviation over a batch (b, t, n, d) and `target`."
     return (latents.float().flatten(0, 1).std(0) - target).abs().mean()
 
-# %% ../nbs/12_tokenizer.ipynb #cell-44
+# %% ../nbs/12_tokenizer.ipynb #cell-47
 def change(latents):
     "Mean square of z_t − z_(t−1) over twice the variance, of latents (b, t, n, d): 0 for stills, about 1 for frames without relation."
     z = latents.float()
     return (z[:, 1:] - z[:, :-1]).square().mean() / (2 * z.flatten(0, 1).var(0).mean() + 1e-6) if z.shape[1] > 1 else z.new_zeros(())
 
-# %% ../nbs/12_tokenizer.ipynb #cell-52
+# %% ../nbs/12_tokenizer.ipynb #cell-55
 def gradient_difference(recon, frames, scales: int = 2):
     "Mean squared difference of the two images' finite differences, at full size and `scales − 1` halvings; images (n, c, h, w)."
     x, total = recon - frames, 0.0
@@ -196,7 +213,7 @@ def gradient_difference(recon, frames, scales: int = 2):
         total = total + x.diff(dim=-1).square().mean() + x.diff(dim=-2).square().mean()
     return total / (2 * scales)
 
-# %% ../nbs/12_tokenizer.ipynb #cell-53
+# %% ../nbs/12_tokenizer.ipynb #cell-56
 class PerceptualLoss:
     """LPIPS (the `lpips` package, AlexNet) where its trunk is on this machine, else image-gradient differences.
 
@@ -231,13 +248,14 @@ class PerceptualLoss:
             return gradient_difference(recon.float(), frames.float())
         return self.net.to(recon.device)(recon, frames, normalize=True).mean()
 
-# %% ../nbs/12_tokenizer.ipynb #cell-57
+# %% ../nbs/12_tokenizer.ipynb #cell-60
 def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0):
     """Loss terms of one batch for `fit` (paper, section 3.1): the weighted squared error over all patches, masked or not,
     and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB.
     `part` of the training, 0 or 1, says how much `slowness` counts."""
     tokenizer, frames = modules["tokenizer"], batch.frames
-    c, statistics = tokenizer.config, (tokenizer.mean_frame, tokenizer.std_frame)
+    c, scene = tokenizer.config, tokenizer.scene(frames)
+    statistics = tokenizer.mean_frame[scene], tokenizer.std_frame[scene]
     recon, latents = tokenizer(frames, generator)
     error = (recon - frames) ** 2
     weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
@@ -251,7 +269,7 @@ def tokenizer_loss(modules, batch, generator, perceptual: PerceptualLoss | None 
         losses["perceptual"] = perceptual(recon.flatten(0, 1)[rows], frames.flatten(0, 1)[rows])
     return losses, {"psnr": -10 * torch.log10(error.detach().mean())}
 
-# %% ../nbs/12_tokenizer.ipynb #cell-58
+# %% ../nbs/12_tokenizer.ipynb #cell-61
 def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir, batch: int = 4, length: int = 8,
                     focus: float = 0.7, perceptual: float = 0.2, settle: int = 2000):
     """Phase 1a: trains a tokenizer on the EpisodeStore with `fit`, batches of `batch` clips of `length` frames.
@@ -263,7 +281,12 @@ def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir,
     seed_everything(train.seed)
     tokenizer = Tokenizer(config)
     windows = Windows(store, length, batch, train.seed, focus=focus)
-    tokenizer.set_statistics(torch.cat([windows(-1 - k).frames.flatten(0, 1) for k in range(32)]))
+    if config.scenes not in (1, len(store.tasks)):
+        raise UserError(f"the tokenizer tells {config.scenes} scenes apart, but the data has {len(store.tasks)} tasks; give TokenizerConfig(scenes={len(store.tasks)})")
+    drawn = [windows(-1 - k) for k in range(32)]
+    frames, scene = torch.cat([b.frames for b in drawn]), torch.cat([b.task for b in drawn]) * (config.scenes > 1)
+    for k in range(config.scenes):
+        tokenizer.set_statistics(frames[scene == k].flatten(0, 1), k)
     loss, long = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None), config.transformer.context + 1
     slow_windows = Windows(store, long, max(1, batch * length // long), train.seed + 1, focus=focus)
     for part, (name, steps, batches) in enumerate((("tokenizer.draft", train.steps, windows), ("tokenizer", settle, slow_windows))):
@@ -271,7 +294,7 @@ def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir,
             weights={"mse": 1.0, "perceptual": perceptual} if perceptual else {"mse": 1.0}, model_config={"tokenizer": to_dict(config)})
     return tokenizer.eval()
 
-# %% ../nbs/12_tokenizer.ipynb #cell-59
+# %% ../nbs/12_tokenizer.ipynb #cell-62
 def load_tokenizer(path=None) -> Tokenizer:
     "The tokenizer in a checkpoint made by `fit`, or the one that ships. UserError: missing, cut short or another model's."
     path = asset("tiny_tokenizer.safetensors") if path is None else path
@@ -288,7 +311,7 @@ def encode_store(store, tokenizer: Tokenizer, path):
     "Encodes every episode once, as one causal stream; returns the LatentStore at `path`."
     return LatentStore.encode(store, tokenizer.encode, path, device=tokenizer.mean_frame.device)
 
-# %% ../nbs/12_tokenizer.ipynb #cell-62
+# %% ../nbs/12_tokenizer.ipynb #cell-65
 BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)
 
 
@@ -344,7 +367,7 @@ def ball_metrics(frames, pixels, near: float = 3.0) -> dict[str, float]:
     return {"visible": visible.float().mean().item(), "error_median": error.median().item(),
             "error_mean": error.mean().item(), "n": len(error)}
 
-# %% ../nbs/12_tokenizer.ipynb #cell-66
+# %% ../nbs/12_tokenizer.ipynb #cell-69
 def image_metrics(recon, frames, perceptual: PerceptualLoss | None = None) -> dict[str, float]:
     "PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS of (n, c, h, w) in [0, 1]."
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
@@ -370,7 +393,7 @@ def linear_probe(train_x, train_y, test_x, test_y, ridge: float = 1e-2) -> dict[
     return {"r2": 1 - (residual.square().sum() / (test_y - test_y.mean(0)).double().square().sum()).item(),
             "error": residual.norm(dim=1).mean().item(), "floor_error": floor.norm(dim=1).mean().item()}
 
-# %% ../nbs/12_tokenizer.ipynb #cell-68
+# %% ../nbs/12_tokenizer.ipynb #cell-71
 @torch.no_grad()
 def encode_episodes(tokenizer, store, frames: int, seed: int):
     "Whole random episodes, at least `frames` frames of them: frames, reconstructions, latents (n, ...) and ball pixels or None."
@@ -401,7 +424,7 @@ def tokenizer_report(tokenizer: Tokenizer, store, train=None, frames: int = 2000
     "true_frames": the ball's figures on the frames themselves, the detector's own ceiling.
     """
     x, recon, z, pixels = encode_episodes(tokenizer, store, frames, seed)
-    mean = tokenizer.mean_frame.cpu().expand_as(x)
+    mean = tokenizer.mean_frame.cpu()[tokenizer.scene(x.to(tokenizer.mean_frame.device)).cpu()]
     perceptual = PerceptualLoss("auto", quiet=True)
     report = {name: image_metrics(images, x, perceptual) for name, images in (("tokenizer", recon), ("mean_frame", mean))}
     if pixels is None:

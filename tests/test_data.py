@@ -4,6 +4,7 @@ import pytest
 from toy_stores import make, make_joined
 
 from dreamer4_nb.data import LatentStore, Windows
+from dreamer4_nb.stores import EpisodeStore
 
 
 def test_windows_of_joined_views_are_their_own_episodes(tmp_path):
@@ -33,3 +34,12 @@ def test_rare_windows_come_as_often_as_they_should(tmp_path):
     drawn = np.concatenate([windows.draw(step)[0] for step in range(200 * windows.steps)])
     seen = np.bincount(windows.owner[drawn], minlength=3) / len(drawn)
     assert seen[1] == 0 and abs(seen[2] - 0.1 / 1.1) < 0.004
+
+
+def test_tasks_have_the_same_share_however_much_there_is_of_each(tmp_path):
+    store = EpisodeStore.join([make(tmp_path / "a.zarr", "a", [90] * 4), make(tmp_path / "b.zarr", "b", [20])])
+    windows = Windows(store, 6, 8)
+    of_b = store.task_ids[windows.owner] == 1
+    assert of_b.mean() < 0.05 and np.isclose(windows.probabilities[of_b].sum(), 0.5)
+    drawn = np.concatenate([windows.draw(step)[0] for step in range(windows.steps)])
+    assert abs(of_b[drawn].mean() - 0.5) < 0.01

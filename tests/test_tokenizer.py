@@ -2,23 +2,28 @@
 import pytest
 import torch
 from torch import nn
+from toy_stores import make
 
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
+from dreamer4_nb.stores import EpisodeStore
 from dreamer4_nb.tokenizer import (BALL_SCORE, Tokenizer, TokenizerConfig, ball_metrics, ball_position, draw_mask, gradient_difference,
-                                   load_tokenizer, patchify, tokenizer_loss, unpatchify)
+                                   load_tokenizer, patchify, tokenizer_loss, train_tokenizer, unpatchify)
+from dreamer4_nb.training import TrainConfig
 
 CONTEXT, FRAMES = 3, 8
 
 
-@pytest.fixture(params=["time in the middle", "time last", "GQA and soft cap"])
+@pytest.fixture(params=["time in the middle", "time last", "GQA and soft cap", "two scenes"])
 def tokenizer(request):
-    "Random weights everywhere; three ways to arrange time layers of a window of 3 frames."
+    "Random weights everywhere; three ways to arrange time layers of a window of 3 frames, and one with two mean frames."
+    scenes = 2 if request.param == "two scenes" else 1
     shapes = {"time in the middle": dict(depth=3, heads=2, kv_heads=2, time_every=2), "time last": dict(depth=2, heads=2, kv_heads=2, time_every=2),
-              "GQA and soft cap": dict(depth=3, heads=4, kv_heads=2, time_every=2, softcap=20.0)}
+              "GQA and soft cap": dict(depth=3, heads=4, kv_heads=2, time_every=2, softcap=20.0), "two scenes": dict(depth=2, heads=2, kv_heads=2, time_every=2)}
     torch.manual_seed(0)
-    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, transformer=TransformerConfig(width=32, context=CONTEXT, **shapes[request.param])))
+    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, scenes=scenes, transformer=TransformerConfig(width=32, context=CONTEXT, **shapes[request.param])))
     nn.init.normal_(model.to_patch.weight, std=0.2)
+    model.mean_frame.uniform_()
     return model.eval()
 
 
@@ -122,6 +127,34 @@ def test_latents_are_bounded_and_a_newborn_draws_the_mean_frame():
     assert z.abs().max() <= 1 and torch.equal(recon, model.mean_frame.expand_as(clip))
 
 
+def test_scenes():
+    "Each task its own mean frame: every frame is compared with the nearest, the decoder reads from the latents which to mix, and both learn it."
+    g = torch.Generator().manual_seed(0)
+    scenes = [torch.rand(3, 16, 16, generator=g) for _ in range(3)]
+    what_moves = torch.randn(3, 1, 3, 16, 16, generator=g)                                                       # of each scene another thing
+    frames = torch.stack(scenes)[:, None] + 0.05 * (1 + torch.rand(3, 40, 1, 1, 1, generator=g)) * what_moves    # (3, n, c, h, w)
+    torch.manual_seed(0)
+    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, scenes=3, transformer=TransformerConfig(width=32, depth=2, heads=2, kv_heads=2, time_every=2)))
+    for k in range(3):
+        model.set_statistics(frames[k], k)
+    assert torch.equal(model.scene(frames.transpose(0, 1)), torch.arange(3).expand(40, 3))                       # any leading shape
+    assert torch.allclose(model.mean_frame[1], frames[1].mean(0)) and torch.allclose(model.std_frame[2], frames[2].std(0))
+    nn.init.normal_(model.to_scene.weight)
+    latents = torch.rand(1, 1, 2, 4, generator=g)
+    shares = model.to_scene(latents.flatten(2)).softmax(-1)[0, 0]
+    assert torch.allclose(model.decode(latents)[0, 0], (shares[:, None, None, None] * model.mean_frame).sum(0), atol=1e-6)
+    nn.init.zeros_(model.to_scene.weight)
+    clips, before = frames[:, :8], None
+    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(200):
+        loss = (model(clips)[0] - clips).square().mean()
+        before = before or loss.item()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    print(before, loss.item()); assert loss < 0.1 * before and (model.to_scene(model.encode(clips).flatten(2)).argmax(-1) == torch.arange(3)[:, None]).all()
+
+
 @pytest.mark.parametrize("tube", [False, True])
 def test_masks_are_drawn_as_documented(tube):
     mask = draw_mask((2000, 3, 16), 0.8, tube, torch.Generator().manual_seed(0), "cpu")
@@ -177,12 +210,13 @@ def test_ball_is_found(at):
 def test_the_weights_that_ship():
     model = load_tokenizer()
     assert not model.training and model.mean_frame.std() > 0.01
-    z = model.encode(model.mean_frame.expand(1, 2, -1, -1, -1))
+    z = model.encode(model.mean_frame[0].expand(1, 2, -1, -1, -1))
     assert torch.isfinite(z).all() and (model.decode(z) - model.mean_frame).abs().mean() < 0.05
 
 
 def test_bad_input_is_a_user_error(tokenizer, tmp_path):
     clip, latents = clip_and_latents()
+    two_tasks = EpisodeStore.join([make(tmp_path / f"{name}.zarr", name, [20, 20]) for name in "ab"])
     other, foreign = tmp_path / "other.safetensors", tmp_path / "foreign.safetensors"
     save_checkpoint(other, {f"tokenizer.{k}": v for k, v in tokenizer.state_dict().items()}, {"tokenizer": to_dict(TokenizerConfig(image=16))})
     save_checkpoint(foreign, {}, {"dynamics": {}})
@@ -190,7 +224,8 @@ def test_bad_input_is_a_user_error(tokenizer, tmp_path):
                 lambda: tokenizer.encode(clip.movedim(2, -1)), lambda: tokenizer.decode(latents[:, :, :1]), lambda: tokenizer.decode(latents.flatten(2)),
                 lambda: tokenizer.encode(clip, mask=torch.zeros(2, FRAMES, 9, dtype=torch.bool)), lambda: tokenizer.set_statistics(clip),
                 lambda: tokenizer.encode(clip, cache=tokenizer.init_cache(3)[0]), lambda: TokenizerConfig(image=60), lambda: TokenizerConfig(mask_max=1.5),
-                lambda: TokenizerConfig(latent_noise=-1.0), lambda: load_tokenizer(tmp_path / "missing.safetensors"), lambda: load_tokenizer(other),
+                lambda: TokenizerConfig(latent_noise=-1.0), lambda: TokenizerConfig(scenes=0),
+                lambda: train_tokenizer(two_tasks, TokenizerConfig(image=4, patch=4, scenes=3), TrainConfig(steps=1), None), lambda: load_tokenizer(tmp_path / "missing.safetensors"), lambda: load_tokenizer(other),
                 lambda: load_tokenizer(foreign), lambda: ball_metrics(torch.rand(3, 3, 64, 64), torch.zeros(2, 2)), lambda: ball_position(torch.rand(3, 64, 64))]
     for number, mistake in enumerate(mistakes):
         with pytest.raises(UserError) as caught:
