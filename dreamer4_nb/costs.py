@@ -65,7 +65,7 @@ SHAPES = {
         DynamicsConfig(n_latents=32, d_latent=128, pack=1, bootstrap_share=0.25, schedule=_fine, transformer=_blocks(256, 4, 4, 2, 17)),
         batch=4, length=16, context=4, generated=12, about="the shape on which other open implementations were timed"),
     "tiny": Shape(
-        TokenizerConfig(mask_max=0.0, false_alarm=0.1, latent_noise=0.05, transformer=_blocks(128, 2, 4, 4, 2, time_every=2)),
+        TokenizerConfig(mask_max=0.0, false_alarm=0.1, slowness=(0.02, 3.0), latent_noise=0.3, transformer=_blocks(128, 2, 4, 4, 2, time_every=2)),
         DynamicsConfig(pack=4, n_registers=0, committed=True, transformer=_blocks(128, 4, 4, 2, 16, time_every=2)),
         batch=8, length=24, context=8, generated=16, about="the whole chain on a two-core CPU in minutes", clips=(8, 2)),
     "small": Shape(

@@ -114,10 +114,10 @@ def linked(preset: Preset) -> Preset:
 # %% ../nbs/21_presets.ipynb #cell-17
 TINY = Preset(
     episodes=400,
-    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=5000, lr=1e-3, decay_share=0.4, log_every=100), batch=8, length=2, perceptual=0.0,
-                             settle=1800),
-    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2000, lr=1e-3, ema=0.998), batch=8, length=24),
-    agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, ema=0.99), batch=24),
+    tokenizer=TokenizerPhase(SHAPES["tiny"].tokenizer, TrainConfig(steps=3000, lr=1e-3, muon=20, decay_share=0.4, log_every=100), batch=8, length=2,
+                             perceptual=0.0, settle=2000),
+    dynamics=DynamicsPhase(SHAPES["tiny"].dynamics, TrainConfig(steps=2000, lr=1e-3, muon=20, decay_share=0.4, ema=0.998), batch=8, length=24),
+    agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, muon=10, ema=0.99), batch=24),
     imagination=ImaginationPhase(ImaginationConfig(gamma=0.95), TrainConfig(steps=150, lr=1e-3, warmup=10)),
     evaluation=EvaluationPhase(readouts=("sample",)))
 
@@ -127,7 +127,7 @@ def _trained(phase, steps: int, **settings):
     return replace(phase, train=replace(phase.train, steps=steps), **settings)
 
 
-LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 15_000, settle=5000), dynamics=_trained(TINY.dynamics, 36_000),
+LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 6000, settle=4000), dynamics=_trained(TINY.dynamics, 16_000, batch=16),
                agent=_trained(TINY.agent, 1500), evaluation=replace(TINY.evaluation, episodes=200, decisions=500, demonstrator=200, dreams=128))
 SMALL = Preset(
     tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16, settle=8000),
