@@ -161,4 +161,4 @@ PAPER = Preset(
     imagination=ImaginationPhase(ImaginationConfig(context=64), TrainConfig(steps=5_000), batch=8),
     evaluation=EvaluationPhase(episodes=500, decisions=500, demonstrator=100, dreams=32))
 PRESETS = {"tiny": TINY, "long": LONG, "small": SMALL, "base": BASE, "paper": PAPER, "micro": MICRO}
-MINUTES = {"data": 1, "tokenizer": 4, "latents": 1, "dynamics": 3, "agent": 2, "imagination": 2, "evaluation": 2}  # tiny, two cores with bfloat16
+MINUTES = {"data": 1, "tokenizer": 5, "latents": 1, "dynamics": 3, "agent": 3, "imagination": 2, "evaluation": 2}  # tiny, two cores with bfloat16
