@@ -152,7 +152,7 @@ def test_scenes():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-    print(before, loss.item()); assert loss < 0.1 * before and (model.to_scene(model.encode(clips).flatten(2)).argmax(-1) == torch.arange(3)[:, None]).all()
+    assert loss < 0.1 * before and (model.to_scene(model.encode(clips).flatten(2)).argmax(-1) == torch.arange(3)[:, None]).all()
 
 
 @pytest.mark.parametrize("tube", [False, True])
