@@ -22,6 +22,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 
 from .core import UserError, image_grid, load_checkpoint, pick_device, pick_dtype, save_checkpoint, save_video, to_dict, write_json
 from .envs import task_info
@@ -69,7 +70,7 @@ class Run:
     the folder holds it, made if not. `phases.json` remembers the settings that each was made with.
 
     `only`: the one phase that may be trained; those before it must be there. Raises UserError when a part in
-    the folder was made with other settings.
+    the folder was made with other settings, or when another process is at work in the folder.
     """
 
     def __init__(self, folder: Path, preset: Preset, only: str | None = None):
@@ -80,6 +81,7 @@ class Run:
             if found := differences(self.phases[name]["made_with"], self._key(name)):
                 raise UserError(f"{self.folder} holds {name} made with other settings: {'; '.join(found[:3])}; choose another --run, or delete {self.folder / name}.*")
         write_json(self.folder / "config.json", to_dict(preset))
+        self._lock = FileLock(self.folder / ".lock")        # the system frees it when its process ends, however it ends
         torch.set_num_threads(preset.threads or int(os.environ.get("OMP_NUM_THREADS") or cores()))
 
     def _read(self, name: str) -> dict:
@@ -100,7 +102,12 @@ class Run:
 
     @contextmanager
     def phase(self, name: str, what: str):
-        "Notes the settings of a phase before its work and its seconds after, also when it is interrupted."
+        "Notes the settings of a phase before its work and its seconds after, also when it is interrupted. One process (of a job: its first rank) at a time."
+        if os.environ.get("RANK", "0") == "0":
+            try:
+                self._lock.acquire(blocking=False)
+            except Timeout:
+                raise UserError(f"another process is at work in {self.folder}; wait for it, or choose another --run") from None
         if name not in self.phases or self.phases[name]["made_with"] != self._key(name):
             self.phases[name] = {"made_with": self._key(name), "seconds": 0.0}
         entry = self.phases[name]
@@ -113,6 +120,7 @@ class Run:
         finally:
             entry["seconds"] += time.perf_counter() - began
             write_json(self.folder / "phases.json", self.phases)
+            self._lock.release()
         say(f"{name}: done in {(time.perf_counter() - began) / 60:.1f} minutes")
 
     def _made(self, name: str, what: str, load, make, inputs):
@@ -189,7 +197,7 @@ class Run:
         return self._made("imagination", "reinforcement learning in the dream", lambda path: load_imagination(path, self.agent[1]),
                           train_imagination, lambda: (self.latents[0], self.world, self.agent[1]))
 
-# %% ../nbs/22_chain.ipynb #cell-29
+# %% ../nbs/22_chain.ipynb #cell-31
 def by_task(run: Run) -> list[Run]:
     "The run once for each of its tasks: the same networks, the task's own episodes and, where there are several, a place for results of its own."
     if len(run.preset.tasks) == 1:
@@ -202,7 +210,7 @@ def by_task(run: Run) -> list[Run]:
         views.append(view)
     return views
 
-# %% ../nbs/22_chain.ipynb #cell-31
+# %% ../nbs/22_chain.ipynb #cell-33
 def policies(run: Run) -> dict:
     "Every policy to judge on the run's task, by name: (policy, seeds)."
     p, action_dim = run.preset.evaluation, task_info(run.task).action_dim
@@ -215,7 +223,7 @@ def policies(run: Run) -> dict:
         out["demonstrator"] = (PlannerPolicy(run.task), seeds[:p.demonstrator])
     return out
 
-# %% ../nbs/22_chain.ipynb #cell-33
+# %% ../nbs/22_chain.ipynb #cell-35
 def closed_loop(run: Run, only: tuple[str, ...] | None = None) -> list[Records]:
     """Records of every policy (`only`: of these kinds), in the run's folder episodes/; those there that are younger than the policy are read.
 
@@ -241,7 +249,7 @@ def closed_loop(run: Run, only: tuple[str, ...] | None = None) -> list[Records]:
         say(f"  {name}: any {s['any']:.2f}, held {s['held']:.2f} of {s['n']} episodes")
     return out
 
-# %% ../nbs/22_chain.ipynb #cell-34
+# %% ../nbs/22_chain.ipynb #cell-36
 def figures(run: Run, dream_report: dict) -> dict[str, str]:
     "Pictures of the report, into the folder figures of the run's place; returns their captions."
     folder, held = run.place / "figures", run.split[1]
@@ -272,13 +280,13 @@ def figures(run: Run, dream_report: dict) -> dict[str, str]:
         "training-curves": "Losses over the steps of each phase.",
     }
 
-# %% ../nbs/22_chain.ipynb #cell-35
+# %% ../nbs/22_chain.ipynb #cell-37
 def machine() -> dict:
     "What the numbers were made on."
     return {"python": platform.python_version(), "torch": torch.__version__, "cores": cores(), "threads": torch.get_num_threads(),
             "device": str(pick_device()), "dtype": str(pick_dtype(pick_device())).removeprefix("torch."), "platform": platform.machine()}
 
-# %% ../nbs/22_chain.ipynb #cell-37
+# %% ../nbs/22_chain.ipynb #cell-39
 def measured(run: Run) -> dict:
     "Held-out figures of tokenizer and dream, from metrics.json where it is younger than the dynamics."
     path, dreamt, (train, held) = run.place / "metrics.json", run.preset.evaluation.dreams, run.split
@@ -309,7 +317,7 @@ def _report(run: Run, results: dict, records: list[Records], captions: dict) -> 
     write_json(run.place / "results.json", results)
     return report(run.place)
 
-# %% ../nbs/22_chain.ipynb #cell-39
+# %% ../nbs/22_chain.ipynb #cell-41
 def ship(folder: Path, assets: Path, results: Path) -> list[Path]:
     "Writes a finished run's weights as assets/tiny_*.safetensors, in float16, and its results.json as `results`. UserError if it is not finished."
     folder, written = Path(folder), []

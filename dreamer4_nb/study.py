@@ -62,8 +62,9 @@ def dreamed_return(run: Run, heads, dreams: int = 256, horizon: int = 30) -> flo
 
 def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, decisions: int = 500, readouts=("sample", "mean", "mode"),
           setting: str = "", value=None, first_seed: int = 30_000) -> list[dict]:
-    """Phase 2 with `agents` seeds on top of the tokenizer and dynamics of `run`, phase 3 with `policies` seeds on top of each, all
-    in the real environment on the same seeds: one row for each policy and read-out, sampled ones with their `dreamed_return`.
+    """Phase 2 with `agents` seeds on top of the tokenizer and dynamics of `run` (the first is the run's own), phase 3 with `policies`
+    seeds on top of each, all in the real environment on the same seeds: one row for each policy and read-out, named after the run's
+    folder, sampled ones with their `dreamed_return`.
 
     `setting` and `value`: the same with one setting changed (`with_setting`) and, where it belongs to an earlier phase, the phases
     from there on trained again, the dynamics with their own `agents` seeds. Everything is kept in the folder `study` of the
@@ -77,9 +78,9 @@ def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, dec
     for a in range(agents):
         seeds = {name: a for name in ORDER if name == "agent" or name == "dynamics" == phase}
         if phase == "imagination":
-            trunk = branch(run, root / f"agent{a}", "dynamics", seeded(run.asked, agent=a))
+            trunk = branch(run, root / f"agent{a}", "dynamics" if a else "agent", seeded(run.asked, agent=a))
         else:
-            trunk = branch(run, own_root / f"agent{a}", ORDER[ORDER.index(phase) - 1], seeded(changed, **seeds))
+            trunk = branch(run, own_root / f"agent{a}", ORDER[ORDER.index(phase) - bool(a or setting)], seeded(changed, **seeds))
         for b in range(policies):
             first = not (a or b or setting)     # the floor and the ceiling are played once
             preset = seeded(changed, **seeds, imagination=b)
@@ -90,7 +91,7 @@ def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, dec
             for view, r in ((view, r) for view in by_task(own) for r in closed_loop(view, kinds)):
                 kind, _, readout = r.policy.partition(", ")
                 s, heads = r.summary(), {"cloning": view.agent[1], "PMPO": view.imagination}.get(kind)
-                rows.append({"task": r.task, "setting": setting or None, "value": value, "policy": kind, "agent_seed": a if readout else None,
+                rows.append({"run": run.folder.name, "task": r.task, "setting": setting or None, "value": value, "policy": kind, "agent_seed": a if readout else None,
                              "policy_seed": b if kind == "PMPO" else None, "readout": readout or None, "n": len(r), "decisions": r.decisions,
                              "catch": s["any"], "low": s["any_interval"][0], "high": s["any_interval"][1], "held": s["held"], "return": s["return"],
                              "dreamed": dreamed_return(view, heads) if readout == "sample" else None})
@@ -109,7 +110,7 @@ def dream_study(run: Run, seeds: int = 2, setting: str = "", value=None) -> list
         own.dynamics
         for view in by_task(own):
             found = measured(view)
-            rows.append({"task": view.task, "setting": setting or None, "value": value, "seed": seed, "windows": found["dreams"],
+            rows.append({"run": run.folder.name, "task": view.task, "setting": setting or None, "value": value, "seed": seed, "windows": found["dreams"],
                          "tokenizer": found["tokenizer"], "dream": found["dream"]["mean"], "ratio": found["dream"]["action_shuffle_ratio"],
                          "seconds": {name: own.phases[name]["seconds"] for name in ORDER[1:] if name in own.phases}})
     return rows
@@ -117,7 +118,7 @@ def dream_study(run: Run, seeds: int = 2, setting: str = "", value=None) -> list
 
 def keep_rows(path: Path, rows: list[dict]) -> None:
     "Writes rows into a JSON file, in place of those there that differ from one of them in results only."
-    identity = ("task", "setting", "value", "policy", "agent_seed", "policy_seed", "readout", "decisions", "seed")
+    identity = ("run", "task", "setting", "value", "policy", "agent_seed", "policy_seed", "readout", "decisions", "seed")
     key = lambda row: tuple(json.dumps(row.get(k)) for k in identity)
     old = json.loads(path.read_text())["rows"] if path.exists() else []
     new = set(map(key, rows))
