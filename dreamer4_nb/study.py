@@ -77,10 +77,9 @@ def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, dec
     changed, rows = replace(changed, evaluation=judged), []
     for a in range(agents):
         seeds = {name: a for name in ORDER if name == "agent" or name == "dynamics" == phase}
-        if phase == "imagination":
-            trunk = branch(run, root / f"agent{a}", "dynamics" if a else "agent", seeded(run.asked, agent=a))
-        else:
-            trunk = branch(run, own_root / f"agent{a}", ORDER[ORDER.index(phase) - bool(a or setting)], seeded(changed, **seeds))
+        plain = not setting or phase == "imagination"       # up to phase 2 nothing is changed, and the first seed is the run's own
+        last = ORDER[ORDER.index(phase) - 1] if not plain else "dynamics" if a else "agent"
+        trunk = branch(run, (root if plain else own_root) / f"agent{a}", last, seeded(run.asked if plain else changed, **seeds))
         for b in range(policies):
             first = not (a or b or setting)     # the floor and the ceiling are played once
             preset = seeded(changed, **seeds, imagination=b)
