@@ -288,14 +288,14 @@ def _shipped(task) -> tuple[dict, str]:
 
 def load_demonstrations(task="ball_in_cup-catch", episodes=None, image=64, workers=2, progress=True) -> EpisodeStore:
     """The demonstrations of `task` that ship with the package as states and actions, rendered to frames (image, image, 3)
-    on first use into `cache_dir()` and opened from there afterwards. `episodes=n`: the first n, of mixed quality.
+    on first use into `cache_dir()` and opened from there afterwards. `episodes=n`: the first n, of mixed quality, or all where fewer ship.
     Several tasks in a tuple: the `EpisodeStore.join` of their demonstrations, the first n of each.
     Two processes may call it at once; one that is killed leaves nothing behind that a later call would trust."""
     if not isinstance(task, str): return EpisodeStore.join([load_demonstrations(t, episodes, image, workers, progress) for t in task])
     data, digest = _shipped(task)
     lengths, total = data["lengths"].astype(int), len(data["lengths"])
-    n = total if episodes is None else int(episodes)
-    if not 1 <= n <= total: raise UserError(f"episodes={episodes}; expected 1 to {total}, the number that ships for {task}")
+    n = total if episodes is None else min(int(episodes), total)
+    if n < 1: raise UserError(f"episodes={episodes}; expected 1 or more ({total} ship for {task})")
     place = lambda k: cache_dir() / "demonstrations" / f"{task}-{image}px-{k}of{total}-v{VERSION}-{digest}.zarr"
     if place(total).exists(): return EpisodeStore.open(place(total)).subset(np.arange(n)) if n < total else EpisodeStore.open(place(total))
     if place(n).exists(): return EpisodeStore.open(place(n))

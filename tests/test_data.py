@@ -3,7 +3,8 @@ import numpy as np
 import pytest
 from toy_stores import make, make_joined
 
-from dreamer4_nb.data import LatentStore, Windows
+from dreamer4_nb.core import UserError
+from dreamer4_nb.data import LatentStore, Windows, _shipped, load_demonstrations
 from dreamer4_nb.stores import EpisodeStore
 
 
@@ -43,3 +44,14 @@ def test_tasks_have_the_same_share_however_much_there_is_of_each(tmp_path):
     assert of_b.mean() < 0.05 and np.isclose(windows.probabilities[of_b].sum(), 0.5)
     drawn = np.concatenate([windows.draw(step)[0] for step in range(windows.steps)])
     assert abs(of_b[drawn].mean() - 0.5) < 0.01
+
+
+def test_where_fewer_demonstrations_ship_than_asked_all_are_taken(tmp_path, monkeypatch):
+    data, _ = _shipped("cartpole-swingup")
+    episodes, frames = len(data["lengths"]), int(data["lengths"][:2].sum())
+    few = {name: values[:2] if len(values) == episodes else values[:frames] for name, values in data.items()}
+    monkeypatch.setattr("dreamer4_nb.data._shipped", lambda task: (few, "few"))
+    monkeypatch.setenv("DREAMER4_CACHE", str(tmp_path))
+    assert list(load_demonstrations("cartpole-swingup", episodes=400, progress=False).lengths) == list(few["lengths"])
+    with pytest.raises(UserError, match="2 ship for cartpole-swingup"):
+        load_demonstrations("cartpole-swingup", episodes=0)
