@@ -49,7 +49,7 @@ def test_tasks_have_the_same_share_however_much_there_is_of_each(tmp_path):
 def test_where_fewer_demonstrations_ship_than_asked_all_are_taken(tmp_path, monkeypatch):
     data, _ = _shipped("cartpole-swingup")
     episodes, frames = len(data["lengths"]), int(data["lengths"][:2].sum())
-    few = {name: values[:2] if len(values) == episodes else values[:frames] for name, values in data.items()}
+    few = {name: values if not values.ndim else values[:2] if len(values) == episodes else values[:frames] for name, values in data.items()}
     monkeypatch.setattr("dreamer4_nb.data._shipped", lambda task: (few, "few"))
     monkeypatch.setenv("DREAMER4_CACHE", str(tmp_path))
     assert list(load_demonstrations("cartpole-swingup", episodes=400, progress=False).lengths) == list(few["lengths"])
