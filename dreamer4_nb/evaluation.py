@@ -124,10 +124,10 @@ def runs_interval(values, level: float = 0.95) -> tuple[float, float]:
 
 
 def gains(rows: list[dict], measure: str = "catch") -> list[dict]:
-    """What PMPO adds to the cloning it started from, for every setting, length and read-out in the rows of a study:
-    {"setting", "value", "decisions", "readout", "by_agent", "mean", "interval"}; the phase-2 run is the unit (`runs_interval`)."""
+    """What PMPO adds to the cloning it started from, for every run, setting, length and read-out in the rows of a study:
+    {"run", "task", "setting", "value", "decisions", "readout", "by_agent", "mean", "interval"}; the phase-2 run is the unit (`runs_interval`)."""
     of = lambda kind, like, **more: [r for r in rows if r["policy"] == kind and all(r[k] == v for k, v in (like | more).items())]
-    groups = {tuple((k, r[k]) for k in ("task", "setting", "value", "decisions", "readout")): None for r in rows if r["policy"] == "PMPO"}
+    groups = {tuple((k, r[k]) for k in ("run", "task", "setting", "value", "decisions", "readout")): None for r in rows if r["policy"] == "PMPO"}
     out = []
     for like in map(dict, groups):
         # a setting of phase 3 leaves the cloning as it is
