@@ -101,27 +101,35 @@ class Run:
         return {k: config[k] for k in names if k in config}
 
     @contextmanager
-    def phase(self, name: str, what: str):
-        "Notes the settings of a phase before its work and its seconds after, also when it is interrupted. One process (of a job: its first rank) at a time."
-        if os.environ.get("RANK", "0") == "0":
-            try:
-                self._lock.acquire(blocking=False)
-            except Timeout:
-                raise UserError(f"another process is at work in {self.folder}; wait for it, or choose another --run") from None
-        if name not in self.phases or self.phases[name]["made_with"] != self._key(name):
-            self.phases[name] = {"made_with": self._key(name), "seconds": 0.0}
-        entry = self.phases[name]
-        write_json(self.folder / "phases.json", self.phases)
-        usual = f" (about {MINUTES[name]:g} minutes on two cores)" if to_dict(self.preset) == to_dict(linked(TINY)) and name in MINUTES else ""
-        say(f"{name}: {what}{usual}")
-        began = time.perf_counter()
-        try:
+    def _alone(self):
+        "The folder is this process's (of a job: its first rank's) as long as this lasts. UserError if it is another one's."
+        if os.environ.get("RANK", "0") != "0":
             yield
-        finally:
-            entry["seconds"] += time.perf_counter() - began
+            return
+        try:
+            held = self._lock.acquire(blocking=False)
+        except Timeout:
+            raise UserError(f"another process is at work in {self.folder}; wait for it, or choose another --run") from None
+        with held:
+            yield
+
+    @contextmanager
+    def phase(self, name: str, what: str):
+        "Notes the settings of a phase before its work and its seconds after, also when it is interrupted."
+        with self._alone():
+            if name not in self.phases or self.phases[name]["made_with"] != self._key(name):
+                self.phases[name] = {"made_with": self._key(name), "seconds": 0.0}
+            entry = self.phases[name]
             write_json(self.folder / "phases.json", self.phases)
-            self._lock.release()
-        say(f"{name}: done in {(time.perf_counter() - began) / 60:.1f} minutes")
+            usual = f" (about {MINUTES[name]:g} minutes on two cores)" if to_dict(self.preset) == to_dict(linked(TINY)) and name in MINUTES else ""
+            say(f"{name}: {what}{usual}")
+            began = time.perf_counter()
+            try:
+                yield
+            finally:
+                entry["seconds"] += time.perf_counter() - began
+                write_json(self.folder / "phases.json", self.phases)
+            say(f"{name}: done in {(time.perf_counter() - began) / 60:.1f} minutes")
 
     def _made(self, name: str, what: str, load, make, inputs):
         "A trained part: from its checkpoint, or by `make` from `inputs()`, which goes on with what an earlier call left unfinished."
