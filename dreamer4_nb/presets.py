@@ -127,7 +127,8 @@ def _trained(phase, steps: int, **settings):
     return replace(phase, train=replace(phase.train, steps=steps), **settings)
 
 
-LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 6000, settle=4000), dynamics=_trained(TINY.dynamics, 16_000, batch=16),
+_deep = replace(TINY.dynamics.model, transformer=replace(TINY.dynamics.model.transformer, depth=8))
+LONG = replace(TINY, episodes=None, tokenizer=_trained(TINY.tokenizer, 6000, settle=4000), dynamics=_trained(TINY.dynamics, 14_000, model=_deep, batch=16),
                agent=_trained(TINY.agent, 1500), evaluation=replace(TINY.evaluation, episodes=200, decisions=500, demonstrator=200, dreams=128))
 SMALL = Preset(
     tokenizer=TokenizerPhase(SHAPES["small"].tokenizer, TrainConfig(steps=20_000, ema=0.999), batch=16, length=16, settle=8000),
