@@ -25,7 +25,7 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from .core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, write_json
+from .core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, say, write_json
 from .envs import make_env, render_states, setup_gl, task_info
 from .planner import Planner, collect_episodes, save_demonstrations
 from .stores import Episode, EpisodeStore, building
@@ -33,7 +33,7 @@ from .ranks import leave_ranks
 from .evaluation import closed_loop_rows, closed_loop_table, text_table
 from .scaling import bench, bench_table, matmul_peak
 from .presets import PRESETS, TINY, Preset
-from .chain import Run, by_task, closed_loop, cores, finish, say, ship
+from .chain import Run, by_task, closed_loop, cores, finish, ship
 from .study import dream_study, keep_rows, study
 
 # %% ../nbs/24_cli.ipynb #cell-9

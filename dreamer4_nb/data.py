@@ -43,6 +43,7 @@ class Batch:
     task: Tensor               # (b,) long
     relevant: Tensor           # (b,) bool; rows whose behaviour is worth cloning
     states: Tensor | None = None  # (b, t, S) simulator states, for measuring only
+    valid: Tensor | None = None   # (b, t) bool; false on the padding after the end of a short episode, which no loss counts; None = all count
 
     def __len__(self): return len(self.actions)
 

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from .core import UserError
+from .core import RowGenerators, UserError, draw_rows
 
 # %% ../nbs/01_flow.ipynb #cell-6
 TOY_STD = 0.08
@@ -50,12 +50,12 @@ def expand_as(t, x: Tensor) -> Tensor:
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 # %% ../nbs/01_flow.ipynb #cell-9
-def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+def noise_like(x: Tensor, generator: torch.Generator | RowGenerators) -> Tensor:
     """Standard normal noise of the shape, dtype and device of `x`.
 
     It is drawn on the generator's device and then moved, so a CPU generator gives the same numbers
-    whatever device `x` is on."""
-    z0 = torch.randn(x.shape, generator=generator, device=generator.device, dtype=torch.float32)
+    whatever device `x` is on. With `RowGenerators` each row of `x` draws from its own."""
+    z0 = draw_rows(lambda rows, own: torch.randn(x[rows].shape, generator=own, device=own.device), generator)
     return z0.to(device=x.device, dtype=x.dtype)
 
 

@@ -31,8 +31,8 @@ def join_ranks(device: str) -> tuple[int, int, torch.device]:
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         return 0, 1, pick_device(device)
-    kind = pick_device(device).type
-    picked = pick_device(f"cuda:{os.environ['LOCAL_RANK']}") if kind == "cuda" else torch.device(kind)
+    picked = pick_device(device)
+    kind = picked.type
     if kind == "cuda":
         torch.cuda.set_device(picked)
     if not dist.is_initialized():

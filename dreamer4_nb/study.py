@@ -12,11 +12,11 @@ from dataclasses import fields, is_dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from .core import UserError, step_generator, write_json
+from .core import UserError, say, step_generator, write_json
 from .data import Windows
 from .imagination import imagine
 from .presets import Preset
-from .chain import ORDER, PARTS, Run, by_task, closed_loop, machine, measured, say
+from .chain import ORDER, PARTS, Run, by_task, closed_loop, machine, measured
 
 # %% ../nbs/23_study.ipynb #cell-8
 def branch(run: Run, folder: Path, last: str, preset: Preset) -> Run:
