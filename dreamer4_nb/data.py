@@ -51,7 +51,7 @@ class Batch:
         "A batch of `f(x)` for every tensor present."
         return Batch(**{k.name: None if (x := getattr(self, k.name)) is None else f(x) for k in fields(self)})
 
-    def to(self, device) -> "Batch": return self.map(lambda x: x.to(device))
+    def to(self, device, **options) -> "Batch": return self.map(lambda x: x.to(device, **options))
 
     def __getitem__(self, rows) -> "Batch":
         "Some rows: a slice, a boolean or a long tensor."
