@@ -10,7 +10,7 @@ from dreamer4_nb.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, 
                                only_live, symexp, symlog, train_agent, two_hot)
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
-from dreamer4_nb.data import Batch, LatentStore
+from dreamer4_nb.data import Batch, LatentStore, Windows
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.generation import WorldModel
 from dreamer4_nb.stores import Episode, EpisodeStore, building
@@ -250,6 +250,39 @@ def rich_latents(tmp_path_factory):
         store.arrays.group.attrs.update({"mean": np.zeros((4, 6)).tolist(), "std": np.ones((4, 6)).tolist()})
         store.finish()
     return LatentStore.open(folder / "latents.zarr")
+
+
+@pytest.fixture(scope="module")
+def ending_latents(tmp_path_factory):
+    "Twelve episodes that truly end with their last frame, whose latents are all high; and twelve that are cut off before."
+    folder, rng = tmp_path_factory.mktemp("ending"), np.random.default_rng(0)
+    with building(folder / "latents.zarr") as beside:
+        store = EpisodeStore.create(beside, "one", 2, (4, 6), 0, "latents", "float16")
+        for k in range(24):
+            actions = rng.uniform(-1, 1, (9, 2)).astype(np.float32)
+            actions[0] = 0
+            latents, continues = rng.uniform(-0.9, 0.3, (9, 4, 6)), np.ones(9, np.float32)
+            if k % 2:
+                latents[-1], continues[-1] = 0.9, 0
+            store.append(Episode(actions=actions, rewards=np.zeros(9), latents=latents, continues=continues, task="one", quality="expert"))
+        store.arrays.group.attrs.update({"mean": np.full((4, 6), -0.25).tolist(), "std": np.full((4, 6), 0.4).tolist()})
+        store.finish()
+    return LatentStore.open(folder / "latents.zarr")
+
+
+def test_the_continue_head_learns_real_ends_and_not_truncations(ending_latents):
+    train = TrainConfig(steps=60, lr=3e-3, warmup=5, log_every=20, dtype="float32", device="cpu")
+    config = replace(AGENT, tasks=("one",))
+    dynamics, heads = train_agent(ending_latents, Dynamics(replace(WORLD, n_agent=0)), config, train, None, batch=16, length=12)
+    batch = Windows(ending_latents, 9, 24).at(np.arange(24))
+    s, shape = dynamics.config.schedule, batch.actions.shape[:2]
+    index = torch.full(shape, s.ctx_index), torch.full(shape, s.ctx_j)
+    with torch.no_grad():
+        _, h = dynamics(dynamics.normalise(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
+        chance = heads.goes_on(h)
+    ends = batch.continues == 0
+    assert ends.sum() == 12 and ends[1::2, -1].all()
+    assert chance[ends].max() < 0.5 < chance[~ends].min()
 
 
 def test_the_reward_head_reaches_the_largest_reward_of_the_data(rich_latents, tmp_path):
