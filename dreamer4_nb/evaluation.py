@@ -26,6 +26,7 @@ from .core import (RowGenerators, UserError, atomic_path, autocast, check_shape,
                               to_uint8, use_style, write_json)
 from .envs import VectorEnv, solved
 from .planner import Planner
+from .stores import seeds_of
 from .data import to_float
 from .tokenizer import decode_stream, encode_stream
 
@@ -221,10 +222,10 @@ def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int
 
 def check_fresh(task: str, seeds, store) -> None:
     "`UserError` where some of the evaluation's seeds are those with which episodes of the task begin in a store."
-    known = set(store.seeds[store.task_ids == store.tasks.index(task)].tolist()) if task in store.tasks else set()
-    if shared := sorted(known & set(map(int, seeds))):
+    known = seeds_of(store, task)
+    if len(shared := np.intersect1d(known, np.asarray(seeds))):
         raise UserError(f"{len(shared)} of {len(seeds)} seeds of the evaluation, {shared[0]} among them, begin episodes of the data "
-                        f"({store.path}): they are not fresh; choose --first-seed {max(known) + 1}")
+                        f"({store.path}): they are not fresh; choose --first-seed {known[-1] + 1}")
 
 # %% ../nbs/18_evaluation.ipynb #cell-54
 def closed_loop_rows(records: list[Records], baseline: str = "random", measure: str = "any") -> list[dict]:
