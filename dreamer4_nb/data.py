@@ -67,8 +67,8 @@ def _pad_last(x, n): return torch.nn.functional.pad(x, (0, n - x.shape[-1])) if 
 
 def concatenate(batches: list[Batch]) -> Batch:
     """Rows of several batches under each other. Actions are zero-padded to the widest; optional fields that
-    one of them lacks (or whose widths differ: states of different tasks) are dropped. Where one says which frames are
-    `valid`, all frames of those that do not say are."""
+    one of them lacks (or whose widths differ: states of different tasks) are dropped. Where one says
+    which frames are `valid`, all are in those that do not."""
     if len(batches) == 1: return batches[0]
     out = {}
     for k in (f.name for f in fields(Batch)):
@@ -85,8 +85,8 @@ def concatenate(batches: list[Batch]) -> Batch:
 
 # %% ../nbs/09_data.ipynb #cell-26
 def window_index(lengths, length: int, pad: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Every window of `length` frames inside episodes of these lengths: its episode (W,) and its first frame there (W,).
-    An episode that is shorter has none or, with `pad`, one, which begins with the episode and reaches beyond its end."""
+    """Every window of `length` frames in episodes of these lengths: its episode (W,) and its first frame
+    there (W,). A shorter episode has none or, with `pad`, one, from its first frame to beyond its end."""
     counts = np.maximum(np.asarray(lengths) - length + 1, int(pad))
     owner = np.repeat(np.arange(len(counts)), counts)
     return owner, np.arange(len(owner)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -109,23 +109,25 @@ class Windows:
     middle frame is not yet `solved` (before the catch), the rest among all; no effect where no window or every one is such.
     unlabelled: share of rows whose actions are hidden (`action_known` false). memory: bytes up to which frames or latents
     are held in memory; above, they are read from the store, `readers` windows at the same time, each only its own chunks.
-    pad: an episode shorter than `length` has one window, whose last frame is repeated to its end; there no action is known,
-    rewards are 0, continues 1 and `valid` false. Without weights it comes as often as makes the frames of short episodes as
-    frequent as those of the long ones of its task. Without `pad` such episodes are left out: `coverage` says how much that is.
+    pad: an episode shorter than `length` has one window, in which its last frame is repeated; there no action
+    is known, rewards are 0, continues 1 and `valid` false. Without weights such a window comes as often as
+    makes the frames of short episodes as frequent as those of the long ones of the same task. Without `pad`
+    these episodes are left out: `coverage` says how much that is.
     UserError when no episode is long enough.
     """
-    def __init__(self, store, length: int, batch: int, seed=0, weights=None, focus=0., unlabelled=0., memory=2 << 30,
-                 readers=8, pad: bool = False):
+    def __init__(self, store, length: int, batch: int, seed=0, weights=None, focus=0., unlabelled=0.,
+                 memory=2 << 30, readers=8, pad: bool = False):
         if min(length, batch, readers) < 1: raise UserError(f"length={length}, batch={batch}, readers={readers}; expected at least 1")
         for k, v in {"focus": focus, "unlabelled": unlabelled}.items():
             if not 0 <= v <= 1: raise UserError(f"{k}={v}; expected a share in [0, 1]")
         self.store = getattr(store, "episodes", store)
         self.length, self.batch, self.seed, self.unlabelled, self.relevant, self.readers = length, batch, seed, unlabelled, False, readers
-        self.owner, self.offset = window_index(self.store.lengths, length, pad)   # (W,) episode of each window, its first frame there
+        lengths = self.store.lengths
+        self.owner, self.offset = window_index(lengths, length, pad)         # (W,) episode, first frame there
         if not len(self.owner):
-            raise UserError(f"no episode of {self.store.path} has {length} frames (the longest has {max(self.store.lengths, default=0)}); "
-                            "use a shorter window, or pad=True")
-        self.real = np.minimum(self.store.lengths, length)                   # (E,) frames of a window that are its episode's own
+            raise UserError(f"no episode of {self.store.path} has {length} frames (the longest has "
+                            f"{max(lengths, default=0)}); use a shorter window, or pad=True")
+        self.real = np.minimum(lengths, length)                              # (E,) frames before the padding
         self.padded = bool((self.real[self.owner] < length).any())
         self.starts = self.store.starts[self.owner] + self.offset            # (W,) the same as a row of the store
         self.cdf = np.cumsum(self._chances(weights, focus))                  # (W,) exact without weights: 1, 2, 3, ...
@@ -141,8 +143,9 @@ class Windows:
         return store.column(store.observation), (np.cumsum(store.lengths) - store.lengths)[self.owner] + self.offset
 
     def _evenly(self, ids) -> np.ndarray:
-        """(W,) how often each window comes relative to the others of its task: a whole one once, a padded one as often as
-        makes the frames of short episodes as frequent as those of long ones are on average (once where none is long)."""
+        """(W,) how often a window comes, relative to the others of its task: a whole one once, a padded one
+        so often that frames of short episodes are as frequent as those of long ones on average
+        (once if none is long)."""
         store, whole = self.store, self.real == self.length                  # (E,)
         tasks = len(store.tasks)
         windows = np.bincount(ids, whole[self.owner], tasks)                 # whole ones of each task
@@ -154,7 +157,7 @@ class Windows:
         "(W,) how likely each window is, relative to the others."
         ids, n = self.store.task_ids[self.owner], len(self.store.lengths)
         if weights is None:
-            p = self._evenly(ids)                                            # of one task without padding every window counts 1
+            p = self._evenly(ids)                                            # 1 without padding
             total = np.bincount(ids, p)
             p = p * (total.max() / total[ids])                               # each task has the same share
         else:
@@ -215,8 +218,8 @@ class Windows:
         return torch.from_numpy(x[starts[numbers][:, None] + rows])
 
     def at(self, numbers, hide=None) -> Batch:
-        """The windows with these numbers (0 .. n_windows - 1); window k is frames offset[k] .. offset[k] + length - 1 of episode
-        owner[k]. `valid` is None where no window is padded, not only none of these."""
+        """The windows with these numbers (0 .. n_windows - 1); window k is frames offset[k] ..
+        offset[k] + length - 1 of episode owner[k]. `valid` is None where no window at all is padded."""
         numbers = np.atleast_1d(numbers)
         owner, store = self.owner[numbers], self.store
         x = self._column(store.observation, numbers)
@@ -230,17 +233,18 @@ class Windows:
             known &= valid
         def column(name, padding):
             x = self._column(name, numbers)
-            return x if valid is None else x.masked_fill(~valid.reshape(*valid.shape, *[1] * (x.ndim - 2)), padding)
+            return x if valid is None else torch.where(valid if x.ndim == 2 else valid[..., None], x, padding)
         return Batch(frames=to_float(x) if store.observation == "frames" else None, latents=x.float() if store.observation == "latents" else None,
-            actions=self._column("actions", numbers) * known[..., None], action_known=known, intended=column("intended", 0),
-            rewards=column("rewards", 0), continues=column("continues", 1), valid=valid,
+            actions=self._column("actions", numbers) * known[..., None], action_known=known, valid=valid,
+            intended=column("intended", 0), rewards=column("rewards", 0), continues=column("continues", 1),
             task=torch.from_numpy(store.task_ids[owner]).long(), relevant=labelled & self.relevant,
             states=self._column("states", numbers)[..., :self.state_dim] if self.state_dim else None)
 
     def __call__(self, step: int) -> Batch: return self.at(*self.draw(step))
 
     def coverage(self) -> dict[str, float]:
-        "How much of the store lies in some window: shares of its `episodes`, its `frames` and its `reward` (the sum of |reward|; 1 if there is none)."
+        """How much of the store lies in some window: the shares of its `episodes`, of its `frames` and of its
+        `reward` (the sum of |reward|; 1 if there is none)."""
         lengths = self.store.lengths
         used = np.bincount(self.owner, minlength=len(lengths)) > 0           # (E,)
         rewards = np.abs(self.store.column("rewards").astype(np.float64))
@@ -250,8 +254,10 @@ class Windows:
 
     def describe(self) -> str:
         "What of the store is used, in one line; a share is 100% only if nothing is left out."
-        episodes, frames, reward = (f"{100 if x == 1 else min(round(100 * x), 99)}%" for x in self.coverage().values())
-        return f"windows of {self.length} frames use {episodes} of {self.store.n_episodes} episodes, {frames} of frames, {reward} of reward"
+        def percent(x): return f"{100 if x == 1 else min(round(100 * x), 99)}%"
+        shares = {name: percent(x) for name, x in self.coverage().items()}
+        return (f"windows of {self.length} frames use {shares['episodes']} of {self.store.n_episodes} "
+                f"episodes, {shares['frames']} of frames, {shares['reward']} of reward")
 
 # %% ../nbs/09_data.ipynb #cell-55
 class Mixture:
@@ -278,11 +284,12 @@ class Mixture:
         return "; ".join(f"{w.batch} rows: {w.describe()}" for w, _ in self.parts)
 
 # %% ../nbs/09_data.ipynb #cell-61
-GROUP_BYTES = 256 << 20     # of frames that are encoded together: 500 frames of 256 x 256 and more, in little of any machine's memory
+GROUP_BYTES = 256 << 20     # of the frames that an encoder gets at a time: a few copies of them fit anywhere
 
 class LatentStore:
-    """The same episodes as latents (N, n, d) float16 instead of frames, encoded once, with the `mean` and `std` (n, d)
-    of their values. Everything else (lengths, qualities, column, ...) is that of its `episodes`, an EpisodeStore."""
+    """The same episodes as latents (N, n, d) float16 instead of frames, encoded once, with the `mean` and
+    `std` (n, d) of their values. All else (lengths, qualities, column, ...) is that of its `episodes`, an
+    EpisodeStore."""
     def __init__(self, episodes: EpisodeStore):
         if episodes.observation != "latents": raise UserError(f"{episodes.path} holds {episodes.observation}; expected latents: make them with LatentStore.encode")
         if "mean" not in episodes.attributes: raise UserError(f"{episodes.path}: latents are not joined; join the stores of frames and encode them into one")
@@ -305,15 +312,17 @@ class LatentStore:
     def split(self, held_out=0.1, seed=0): return tuple(map(LatentStore, self.episodes.split(held_out, seed)))
 
     @classmethod
-    def encode(cls, store: EpisodeStore, encode, path, batch=8, overwrite=False, progress=True, **attributes) -> "LatentStore":
-        """Give whole episodes to `encode(frames (b, t, h, w, c) uint8 on the CPU) -> latents (b, t, n, d)`, on any device.
-        b is 1 up to `batch`: episodes that follow each other in the store and are equally long go together, while their frames
-        stay under GROUP_BYTES. `attributes` are kept with the store, e.g. which tokenizer made it. Episode i here is episode i
-        of `store`. UserError where `path` exists, the store is empty, or latents have another shape."""
+    def encode(cls, store: EpisodeStore, encode, path, batch=8, overwrite=False, progress=True,
+               **attributes) -> "LatentStore":
+        """Give whole episodes to `encode(frames (b, t, h, w, c) uint8 on the CPU) -> latents (b, t, n, d)`.
+        b is 1 up to `batch`: episodes that follow each other in the store and are equally long go together,
+        as long as their frames take at most GROUP_BYTES. `attributes` are kept with the store, e.g. which
+        tokenizer made it. Episode i here is episode i of `store`.
+        UserError where `path` exists, the store is empty, or the latents have another shape."""
         lengths, groups = store.lengths, []
         for i, length in enumerate(lengths):
             together = min(batch, GROUP_BYTES // (int(length) * int(np.prod(store.shape))))
-            if groups and len(groups[-1]) < together and lengths[groups[-1][0]] == length: groups[-1].append(i)
+            if groups and len(groups[-1]) < together and lengths[i - 1] == length: groups[-1].append(i)
             else: groups.append([i])
         out, n, total, square = None, 0, 0., 0.
         with building(path, overwrite) as beside:
@@ -347,7 +356,7 @@ def load_demonstrations(task="ball_in_cup-catch", episodes=None, image=64, worke
     """The demonstrations of `task` that ship with the package as states and actions, rendered to frames (image, image, 3)
     on first use into `cache_dir()` and opened from there afterwards. `episodes=n`: the first n, of mixed quality, or all where fewer ship.
     Several tasks in a tuple: the `EpisodeStore.join` of their demonstrations, the first n of each.
-    Seeds come along, and continues where the file has them; where it has none, no episode ended before its time.
+    Seeds come along, and continues where the file has them; where it has none, all are 1.
     Two processes may call it at once; one that is killed leaves nothing behind that a later call would trust."""
     if not isinstance(task, str): return EpisodeStore.join([load_demonstrations(t, episodes, image, workers, progress) for t in task])
     data, digest = _shipped(task)
@@ -370,10 +379,12 @@ def load_demonstrations(task="ball_in_cup-catch", episodes=None, image=64, worke
             frames = render_states(task, data["states"][rows].astype(np.float64), image=image, workers=workers)
             cut = np.cumsum(lengths[group[0]:group[-1] + 1])[:-1]
             names = ("states", "actions", "intended", "rewards", "continues")
-            columns = {"frames": np.asarray(frames)} | {k: data[k][rows].astype(np.float32) for k in names if k in data}
+            columns = {k: data[k][rows].astype(np.float32) for k in names if k in data}
+            columns["frames"] = np.asarray(frames)
             by_episode = {k: np.split(v, cut) for k, v in columns.items()}
-            store.extend([Episode(**{k: v[j] for k, v in by_episode.items()}, task=task, quality=str(data["quality"][i]),
-                                  seed=int(data["seeds"][i])) for j, i in enumerate(group)])
+            store.extend([Episode(**{k: v[j] for k, v in by_episode.items()}, task=task,
+                                  quality=str(data["quality"][i]), seed=int(data["seeds"][i]))
+                          for j, i in enumerate(group)])
             bar.update(rows.stop - rows.start)
         bar.close()
         store.finish()

@@ -123,9 +123,10 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
     Noise is first-order autoregressive (0.6). Half of the episodes that are not random begin with 4 to 29 random decisions.
     Episode i starts from the task's own reset with seed `seed + i`, whatever the quality. It ends after `decisions`, or, where a task can be
     settled, once it has given reward for `hold` decisions on end and `shortest` are done.
-    Each dict: states (T, S) float32, actions and intended (T, A) float32, rewards and continues (T,) float32, quality, seed.
-    Row t holds the action that led to state t, and the one the planner would have taken instead; row 0 is the reset.
-    continues: dm_control's discount, 0 in the last row where the task itself ended the episode, 1 where time ran out.
+    Each dict: float32 states (T, S), actions and intended (T, A), rewards and continues (T,); quality; seed.
+    Row t holds the action that led to state t, and the one the planner would have taken instead; row 0 is the
+    reset. continues are dm_control's discount: 0 in the last row where the task itself ended the episode, 1
+    where time ran out.
     """
     if quality != "mixed" and quality not in QUALITIES:
         raise UserError(f"unknown quality '{quality}'; expected mixed or one of {', '.join(QUALITIES)}")
@@ -167,15 +168,16 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
 def save_demonstrations(path, task: str, episodes: list[dict], seeds=None, image: int = 64) -> None:
     """Write what `collect_episodes` gave as one compressed file of states and actions; pixels are rendered from it on first use.
 
-    seeds: of each episode's reset (n,), for whoever wants to play it again; None: those that the episodes hold.
+    seeds: of each episode's reset (n,), for whoever wants to play it again; None: as the episodes say.
     Actions, intended or executed, rewards and continues are kept in float16.
     """
-    names = "states", "actions", "intended", "rewards", "continues"
-    columns = {name: np.concatenate([episode[name] for episode in episodes]).astype(np.float16 if name != "states" else np.float32)
-               for name in names}
+    names = "actions", "intended", "rewards", "continues"
+    columns = {name: np.concatenate([e[name] for e in episodes]).astype(np.float16) for name in names}
+    columns["states"] = np.concatenate([e["states"] for e in episodes]).astype(np.float32)
     if seeds is None:
         seeds = [episode["seed"] for episode in episodes]
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, **columns, task=np.array(task), seeds=np.asarray(seeds, np.int64), image=np.array(image),
+        np.savez_compressed(file, **columns, task=np.array(task), image=np.array(image),
+                            seeds=np.asarray(seeds, np.int64),
                             lengths=np.array([len(episode["rewards"]) for episode in episodes], np.int32),
                             quality=np.array([episode["quality"] for episode in episodes], "<U8"))

@@ -58,7 +58,8 @@ def check_episode(episode: Episode, observation: str, shape: tuple, dtype, actio
     t = len(episode)
     if t < 2: raise UserError(f"episode: {t} frames; expected at least 2 (a reset and one step)")
     if not isinstance(episode.seed, (int, np.integer)) or not -1 <= episode.seed < 2**63:
-        raise UserError(f"episode: seed is {episode.seed!r}; expected the whole number that its reset was given, or -1 where it is not known")
+        raise UserError(f"episode: seed is {episode.seed!r}; expected the whole number that its reset was "
+                        "given, or -1 where it is not known")
     if getattr(episode, observation) is None: raise UserError(f"episode: no {observation}; this store holds {observation} of shape (t, {', '.join(map(str, shape))})")
     actions = _column("actions", episode.actions, (t, action_dim), np.float32, -1, 1)
     intended = actions if episode.intended is None else _column("intended", episode.intended, (t, action_dim), np.float32, -1, 1)
@@ -176,16 +177,18 @@ class _Arrays:
         a = self.attributes
         if a.get("format") != "dreamer4_nb": raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
         if a["version"] not in (1, VERSION):
-            raise UserError(f"{path} has layout version {a['version']}, this package reads 1 to {VERSION}: make the store again")
+            raise UserError(f"{path} has layout version {a['version']}, this package reads 1 to {VERSION}: "
+                            "make the store again")
         self.observation = a["observation"]
         self.columns: dict[str, np.ndarray] = {}
+        names = [self.observation, *PER_ROW, *PER_EPISODE]
+        if a["version"] == 1: names.remove("seed")
         try:
             with _OPENING, zarr.config.set({"array.write_empty_chunks": True}):  # so that a missing chunk always means damage
-                names = [name for name in (self.observation, *PER_ROW, *PER_EPISODE) if a["version"] > 1 or name != "seed"]
                 self.zarrs = {name: group[name] for name in names}
         except KeyError as e: raise UserError(f"{path} lacks its array {e}; the store is damaged: make it again") from None
         self._read_index()
-        self.zarrs.setdefault("seed", np.full(len(self.lengths), -1, np.int64))  # of version 1 no seed is known
+        self.zarrs.setdefault("seed", np.full(len(self.lengths), -1, np.int64))  # version 1 knows none
 
     @property
     def attributes(self) -> dict: return self.group.attrs.asdict()
@@ -217,7 +220,8 @@ class _Arrays:
     def extend(self, episodes: list[Episode]):
         if self.mode == "r": raise UserError(f"{self.path} is open for reading; open it with mode='a' to append")
         if self.attributes["version"] != VERSION:
-            raise UserError(f"{self.path} has layout version {self.attributes['version']}, which is only read: append to a new store and open both as one")
+            raise UserError(f"{self.path} has layout version {self.attributes['version']}, which is only "
+                            "read: append to a new store and open both as one")
         a, obs, width = self.attributes, self.empty(self.observation), lambda name: self.empty(name).shape[1]
         checked = [check_episode(e, self.observation, obs.shape[1:], obs.dtype, width("actions"), width("states")) for e in episodes]
         tasks, qualities = list(a["tasks"]), list(a["qualities"])
@@ -226,7 +230,8 @@ class _Arrays:
         qualities += [q for q in dict.fromkeys(of_quality) if q not in qualities]
         new = {k: np.concatenate([c[k] for c in checked]) for k in checked[0]}
         new |= {"task": [tasks.index(t) for t in of_task], "quality": [qualities.index(q) for q in of_quality],
-                "labelled": [e.labelled for e in episodes], "seed": [e.seed for e in episodes], "lengths": [len(e) for e in episodes]}
+                "labelled": [e.labelled for e in episodes], "seed": [e.seed for e in episodes],
+                "lengths": [len(e) for e in episodes]}
         with _writing(self.path):
             if (tasks, qualities) != (a["tasks"], a["qualities"]): self.group.attrs.update({"tasks": tasks, "qualities": qualities})
             for name, values in new.items():   # in this order: `lengths`, which makes the rows count, is last
@@ -261,7 +266,7 @@ def _matching(path) -> list:
     return [fs.unstrip_protocol(p) if _is_url(path) else p for p in found]
 
 def _widths(arrays, key: str) -> dict[str, int]:
-    "Of each task how wide its actions (key `action_dims`) or states (`state_dims`) are: as noted, else as the store's arrays are."
+    "Of each task the width of actions (`action_dims`) or states (`state_dims`): as noted, else the arrays'."
     noted = arrays.attributes.get(key, {})
     own = arrays.empty({"action_dims": "actions", "state_dims": "states"}[key]).shape[1]
     return {task: noted.get(task, own) for task in arrays.attributes["tasks"]}
@@ -312,7 +317,8 @@ class EpisodeStore:
     """Episodes of one or more tasks in Zarr 3, or a view of some of them (`subset`, `of_task`, `split`), of one store or several.
 
     Rows of all episodes lie one after another in `frames` (N, h, w, c) uint8, `actions` and `intended` (N, A),
-    `rewards` and `continues` (N,), `states` (N, S); one entry per episode in `lengths`, `task`, `quality`, `labelled`, `seed`.
+    `rewards` and `continues` (N,), `states` (N, S). One entry per episode is in `lengths`, `task`, `quality`,
+    `labelled` and `seed`.
     An append that is cut off at any moment leaves the episodes before it intact. One writer at a time.
     Of several stores, tasks and qualities are the union and actions as wide as the widest, the rest zero. States are as wide
     as those of the view's widest task, so that a view of one task, and every single episode, has them as that task made them.
@@ -449,7 +455,7 @@ class EpisodeStore:
 
 # %% ../nbs/08_stores.ipynb #4b3fc29a
 def seeds_of(store, task: str) -> np.ndarray:
-    "The known seeds that episodes of `task` in a store or view begin with, sorted, each once (n,) int64; none without such episodes."
+    "The known seeds that episodes of `task` in a store or view begin with (n,) int64, sorted, each once."
     mine = np.array(store.tasks)[store.task_ids] == task
     seeds = store.seeds[mine]
     return np.unique(seeds[seeds >= 0])
