@@ -47,9 +47,9 @@ NEAREST = {
     "imagination": ["imagination", "wiring"],
     "training": ["wiring", "training"],
     "data": ["wiring", "data", "generation", "conformance"],
-    "evaluation": ["evaluation", "wiring"],
-    "study": ["wiring"],
-    "chain": ["wiring"],
+    "evaluation": ["evaluation", "wiring", "chain_wiring"],
+    "study": ["chain_wiring"],
+    "chain": ["chain_wiring"],
 }
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "tokenizer", "dynamics", "generation", "agent",
           "imagination"]
