@@ -160,7 +160,7 @@ MICRO = Preset(
     tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8, transformer=replace(_thin, context=3)), _short,
                              batch=2, length=4, settle=3),
     dynamics=DynamicsPhase(DynamicsConfig(transformer=_thin), _short, batch=4, length=12),
-    agent=AgentPhase(AgentConfig(hidden=32), _short, batch=4, length=12),
+    agent=AgentPhase(AgentConfig(hidden=32), _short, batch=8, length=12),
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
     evaluation=EvaluationPhase(episodes=4, decisions=12, readouts=("sample",), demonstrator=2, dreams=4, videos=1))
 
