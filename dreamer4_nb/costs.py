@@ -501,12 +501,12 @@ def stream_bound(shape: str | Shape, machine: str | Machine) -> dict[str, float]
     the operations, one by one, where nothing joins them; memory (GB): weights and caches; fps: of frame and decoded; fps_started: with start."""
     shape, m = pick_shape(shape), _pick("machine", MACHINES, machine)
     models, need = build(shape, torch.device("meta")), costs(shape)
-    out, passes = {"memory": 0.0}, {"dynamics": shape.dynamics.schedule.steps + 1, "tokenizer": 1}
+    out, runs = {"memory": 0.0}, {"dynamics": shape.dynamics.schedule.steps + 1, "tokenizer": 1}
     for key, name, part in (("frame", "dynamics", models["dynamics"].transformer), ("decoded", "tokenizer", models["tokenizer"].decoder)):
         read = 2e-9 * count_parameters(part) + need[name]["cache_mb"] / 1e3
         out["memory"] += read
-        out[key] = 1e3 * passes[name] * max(read / m.bandwidth, forward_flops(part, part.config.context) / (1e12 * m.peak_bf16 * m.reach))
-    layers = passes["dynamics"] * shape.dynamics.transformer.depth + shape.tokenizer.transformer.depth
+        out[key] = 1e3 * runs[name] * max(read / m.bandwidth, forward_flops(part, part.config.context) / (1e12 * m.peak_bf16 * m.reach))
+    layers = runs["dynamics"] * shape.dynamics.transformer.depth + shape.tokenizer.transformer.depth
     out["start"] = 1e3 * m.start / 4 * layers                                       # forward only: a quarter of a training step's operations
     bound = out["frame"] + out["decoded"]
     return out | {"fps": 1e3 / bound, "fps_started": 1e3 / (max(bound, out["start"]) if m.gpu else bound + out["start"])}
