@@ -1,0 +1,351 @@
+"The chain in a folder and the studies on top of it: which data, weights, settings and seeds each part is given."
+import json
+import os
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from dreamer4_nb import chain, evaluation, study
+from dreamer4_nb.agent import AgentConfig, Policy
+from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.chain import Run, by_task, closed_loop, finish, measured, policies
+from dreamer4_nb.core import UserError
+from dreamer4_nb.dynamics import DynamicsConfig
+from dreamer4_nb.imagination import ImaginationConfig
+from dreamer4_nb.presets import AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset, TokenizerPhase
+from dreamer4_nb.stores import Episode, EpisodeStore
+from dreamer4_nb.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
+from dreamer4_nb.tokenizer import TokenizerConfig
+from dreamer4_nb.training import TrainConfig
+
+THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=6)
+SHORT = TrainConfig(steps=1, lr=1e-2, warmup=0, dtype="float32", device="cpu", log_every=1, save_every=1)
+TASK = "ball_in_cup-catch"
+LENGTH = 14
+
+
+@pytest.fixture(scope="module")
+def preset(tmp_path_factory):
+    "Every number that a phase has of its own is another one."
+    path, rng = tmp_path_factory.mktemp("data") / "frames.zarr", np.random.default_rng(0)
+    store = EpisodeStore.create(path, TASK, 2, (16, 16, 3))
+    for k in range(8):
+        actions, intended = (rng.uniform(-1, 1, (LENGTH, 2)).astype(np.float32) for _ in range(2))
+        actions[0], intended[0] = 0, 0
+        rewards = np.where(np.arange(LENGTH) < 8, -k, 1.0)
+        store.append(Episode(actions=actions, intended=intended, rewards=rewards, task=TASK, quality="expert",
+                             frames=rng.integers(0, 256, (LENGTH, 16, 16, 3), dtype=np.uint8)))
+    store.finish()
+    return Preset(
+        tasks=(TASK,), data=str(path), held_out=0.25, threads=1, workers=1, seed=3,
+        tokenizer=TokenizerPhase(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN), SHORT, batch=7, length=2,
+                                 focus=0.1, perceptual=0.0, settle=2),
+        dynamics=DynamicsPhase(DynamicsConfig(transformer=THIN), SHORT, batch=3, length=4, focus=0.2),
+        agent=AgentPhase(AgentConfig(hidden=16, mtp=2), SHORT, batch=4, length=5, focus=0.3),
+        imagination=ImaginationPhase(ImaginationConfig(context=3, horizon=2), SHORT, batch=5, focus=0.4),
+        evaluation=EvaluationPhase(episodes=3, decisions=4, readouts=("sample", "mean"), first_seed=70, demonstrator=0,
+                                   dreams=2, videos=0))
+
+
+class Room:
+    "A stand-in for the real environment: a position that actions move, and a reward right of the middle."
+
+    def __init__(self, task, seeds, workers, image):
+        self.x, self.image = np.array(seeds) % 3 / 3 - 0.3, image
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        pass
+
+    def frames(self):
+        shades = (127 + 100 * np.clip(self.x, -1, 1)).astype(np.uint8)
+        return np.broadcast_to(shades[:, None, None, None], (len(self.x), 16, 16, 3)).copy()
+
+    def reset(self):
+        return self.frames()
+
+    def step(self, actions):
+        self.x = self.x + 0.3 * actions[:, 0]
+        return self.frames(), (self.x > 0).astype(float), np.ones(len(self.x)), np.zeros(len(self.x), bool)
+
+
+@pytest.fixture(autouse=True)
+def room(monkeypatch):
+    monkeypatch.setattr(evaluation, "VectorEnv", Room)
+
+
+def watch(monkeypatch, module, *names):
+    "The arguments of every call of functions that a module uses: (name, arguments, keywords)."
+    calls = []
+    for name in names:
+        def noted(*args, name=name, real=getattr(module, name), **kwargs):
+            calls.append((name, args, kwargs))
+            return real(*args, **kwargs)
+        monkeypatch.setattr(module, name, noted)
+    return calls
+
+
+TRAIN = ("train_tokenizer", "train_dynamics", "train_agent", "train_imagination")
+
+
+@pytest.fixture(scope="module")
+def made(preset, tmp_path_factory):
+    "A finished run, and what its training functions were given."
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        calls = watch(monkeypatch, chain, *TRAIN)
+        run = Run(tmp_path_factory.mktemp("run"), preset)
+        run.imagination
+    return SimpleNamespace(run=run, given={name: (args, kwargs) for name, args, kwargs in calls})
+
+
+def same(one, other):
+    a, b = one.state_dict(), other.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def weights(folder, name):
+    return (folder / f"{name}.safetensors").read_bytes()
+
+
+# The chain
+
+def test_each_phase_gets_what_those_before_it_made(made, preset):
+    run, given = made.run, made.given
+    assert list(given) == list(TRAIN)
+    train, held = (set(part.index.tolist()) for part in run.split)
+    assert len(held) == 2 and train | held == set(range(8)) and not train & held
+    store, = given["train_tokenizer"][0]
+    assert set(store.index.tolist()) == train and store.observation == "frames"
+    for name in TRAIN[1:]:
+        assert set(given[name][0][0].index.tolist()) == train and given[name][0][0].observation == "latents"
+    assert set(run.latents[1].index.tolist()) == held
+    assert given["train_agent"][0][1] is run.dynamics
+    world, heads = given["train_imagination"][0][1:]
+    assert world.tokenizer is run.tokenizer and world.dynamics is run.agent[0] and heads is run.agent[1]
+
+
+def test_each_phase_gets_its_own_settings(made, preset):
+    for name, (_, kwargs) in made.given.items():
+        phase = getattr(preset, name.removeprefix("train_"))
+        assert kwargs["run_dir"] == made.run.folder and kwargs["batch"] == phase.batch and kwargs["focus"] == phase.focus
+        assert kwargs["train"].seed == phase.train.seed + 3 and type(kwargs["config"]) is type(phase.model)
+    assert made.given["train_tokenizer"][1]["settle"] == 2 and made.given["train_dynamics"][1]["length"] == 4
+    assert made.given["train_imagination"][1]["config"].horizon == 2 and "length" not in made.given["train_imagination"][1]
+
+
+def test_what_is_there_is_loaded_and_not_made_again(made, preset, monkeypatch):
+    for name in TRAIN:
+        monkeypatch.setattr(chain, name, None)
+    again = Run(made.run.folder, preset)
+    pairs = [(again.tokenizer, made.run.tokenizer), (again.dynamics, made.run.dynamics), (again.agent[0], made.run.agent[0]),
+             (again.agent[1], made.run.agent[1]), (again.imagination, made.run.imagination)]
+    assert all(same(*pair) for pair in pairs) and not same(again.imagination, again.agent[1])
+    assert all(entry["seconds"] > 0 for entry in json.loads((made.run.folder / "phases.json").read_text()).values())
+
+
+@pytest.mark.parametrize("setting, value, refused", [
+    ("tokenizer.model.d_latent", 5, "tokenizer"), ("dynamics.train.lr", 0.5, "dynamics"), ("agent.labels", "executed", "agent"),
+    ("imagination.model.beta", 1.0, "imagination"), ("held_out", 0.5, "tokenizer"), ("seed", 4, "tokenizer"),
+    ("evaluation.episodes", 9, None), ("agent.train.log_every", 7, None), ("dynamics.train.device", "auto", None)])
+def test_what_was_made_with_other_settings_is_refused_from_its_phase_on(made, preset, tmp_path, setting, value, refused):
+    other = with_setting(preset, setting, value)
+    if refused is None:
+        Run(made.run.folder, other)
+        return
+    with pytest.raises(UserError, match="made with other settings"):
+        Run(made.run.folder, other)
+    shared = chain.ORDER[:chain.ORDER.index(refused)]           # a branch that ends there may go on with the others
+    assert set(branch(made.run, tmp_path, shared[-1], other).phases) == set(shared)
+
+
+def test_only_the_phase_that_was_asked_for_is_trained(preset, made, tmp_path):
+    with pytest.raises(UserError, match="train tokenizer"):
+        Run(tmp_path / "a", preset, only="dynamics").dynamics
+    trunk = branch(made.run, tmp_path / "b", "latents", preset).folder
+    Run(trunk, preset, only="dynamics").dynamics
+    with pytest.raises(UserError, match="train agent"):
+        Run(trunk, preset, only="imagination").imagination
+
+
+def test_policies_differ_in_their_heads_and_share_their_seeds(made):
+    found = policies(made.run)
+    assert list(found) == ["random", "cloning, sample", "PMPO, sample", "cloning, mean", "PMPO, mean"]
+    assert all(list(seeds) == [70, 71, 72] for _, seeds in found.values())
+    for name, (policy, _) in found.items():
+        kind, _, readout = name.partition(", ")
+        if readout:
+            assert policy.heads is {"cloning": made.run.agent[1], "PMPO": made.run.imagination}[kind]
+            assert policy.readout == readout and policy.world.dynamics is made.run.agent[0] and policy.task == 0
+
+
+def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
+    first = closed_loop(made.run)
+    assert [r.policy for r in first] == list(policies(made.run)) and all(r.seed.tolist() == [70, 71, 72] for r in first)
+    assert all(r.decisions == 4 for r in first)
+    assert len({tuple(r.returns) for r in first}) > 1
+    calls = watch(monkeypatch, chain, "evaluate_policy")
+    again = closed_loop(made.run)
+    assert not calls and [r.returns.tolist() for r in again] == [r.returns.tolist() for r in first]
+    assert [r.policy for r in closed_loop(made.run, ("PMPO",))] == ["PMPO, sample", "PMPO, mean"]
+    weights = made.run.folder / "imagination.safetensors"
+    stamp = weights.stat().st_mtime
+    os.utime(weights, (stamp + 1000, stamp + 1000))
+    try:
+        closed_loop(made.run)
+    finally:
+        os.utime(weights, (stamp, stamp))
+    assert len(calls) == 4 and all(isinstance(args[0], Policy) for _, args, _ in calls)      # the random one did not change
+
+
+def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, monkeypatch):
+    run, path = made.run, made.run.folder / "metrics.json"
+    path.unlink(missing_ok=True)
+    calls = watch(monkeypatch, chain, "tokenizer_report", "rollout_report")
+    found = measured(run)
+    (_, of_tokenizer, _), (_, of_dream, sizes) = calls
+    held, train = (list(part.index) for part in run.split[::-1])
+    assert of_tokenizer[0] is run.tokenizer and [list(store.index) for store in of_tokenizer[1:]] == [held, train]
+    assert of_dream[0].tokenizer is run.tokenizer and of_dream[0].dynamics is run.dynamics       # the world of phase 1
+    assert [list(store.index) for store in of_dream[1:3]] == [held, held]
+    assert sizes["windows"] == 2 and sizes["length"] == LENGTH and found["dreams"] == 2
+    assert measured(run) == json.loads(path.read_text()) and len(calls) == 2
+    more = Run(run.folder, with_setting(run.asked, "evaluation.dreams", 1))
+    assert measured(more)["dreams"] == 1 and len(calls) == 4
+    os.utime(path, (1, 1))
+    measured(more)
+    assert len(calls) == 6
+
+
+def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
+    monkeypatch.setattr(chain, "figures", lambda run, dream: {})
+    page, = finish(made.run)
+    results = json.loads((made.run.folder / "results.json").read_text())
+    assert page.exists() and results["task"] == TASK
+    assert [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]] == [
+        (f"PMPO, {readout}", f"cloning, {readout}", measure) for measure in ("any", "returns") for readout in ("sample", "mean")]
+    assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.run))
+    assert results["tokenizer"] == measured(made.run)["tokenizer"] and results["dream"]["windows"] == 2
+
+
+def test_each_task_is_judged_on_its_own_episodes(tmp_path):
+    for name in "ab":
+        store = EpisodeStore.create(tmp_path / f"{name}.zarr", name, 1, (4, 4, 3))
+        store.extend([Episode(actions=np.zeros((3, 1)), rewards=np.zeros(3), frames=np.zeros((3, 4, 4, 3), np.uint8))] * 4)
+        store.finish()
+    split = EpisodeStore.open(str(tmp_path / "*.zarr")).split(0.5)
+    run = SimpleNamespace(preset=SimpleNamespace(tasks=("a", "b")), folder=tmp_path, split=split, latents=split[::-1], task="a", place=tmp_path)
+    views = by_task(run)
+    assert [(view.task, view.place) for view in views] == [("a", tmp_path / "a"), ("b", tmp_path / "b")]
+    for view in views:
+        for parts, whole in ((view.split, split), (view.latents, split[::-1])):
+            assert [list(part.index) for part in parts] == [list(part.of_task(view.task).index) for part in whole]
+    assert run.place == tmp_path and by_task(SimpleNamespace(preset=SimpleNamespace(tasks=("a",)))) != views
+
+
+# Studies
+
+def test_a_setting_and_seeds_are_changed_by_name(preset):
+    tried = seeded(with_setting(preset, "imagination.model.beta", 1.0), agent=2, dynamics=5)
+    assert tried.imagination == replace(preset.imagination, model=replace(preset.imagination.model, beta=1.0))
+    assert tried.agent.train == replace(SHORT, seed=2) and tried.dynamics.train == replace(SHORT, seed=5)
+    assert seeded(tried, agent=1).agent.train.seed == 3 and tried.tokenizer == preset.tokenizer
+    for wrong in ("imagination.model.temperature", "held_out.share", "tokenizers"):
+        with pytest.raises(UserError, match="no setting"):
+            with_setting(preset, wrong, 1)
+
+
+def test_a_branch_shares_the_parts_up_to_a_phase(made, preset, tmp_path):
+    found = branch(made.run, tmp_path / "b", "dynamics", preset)
+    assert set(found.phases) == {"data", "tokenizer", "latents", "dynamics"} and found.folder == tmp_path / "b"
+    assert {path.name for path in found.folder.glob("*.safetensors")} >= {"tokenizer.safetensors", "dynamics.safetensors"}
+    assert not list(found.folder.glob("agent*")) and list(found.latents[0].index) == list(made.run.latents[0].index)
+    assert weights(found.folder, "dynamics") == weights(made.run.folder, "dynamics")
+    assert branch(made.run, tmp_path / "b", "dynamics", preset).dynamics.config == made.run.dynamics.config
+
+
+SIZE = dict(episodes=2, decisions=3, readouts=("sample",), first_seed=40)
+
+
+@pytest.fixture(scope="module")
+def studied(made):
+    "A study of two agents with two policies each, and one of a setting of phase 3."
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(evaluation, "VectorEnv", Room)
+        monkeypatch.setattr(study, "dreamed_return", partial(dreamed_return, dreams=3, horizon=2))
+        calls = watch(monkeypatch, chain, "evaluate_policy")
+        rows = study.study(made.run, agents=2, policies=2, **SIZE)
+        strict = study.study(made.run, agents=2, policies=1, setting="imagination.model.beta", value=1.0, **SIZE)
+        executed = study.study(made.run, agents=1, policies=1, setting="agent.labels", value="executed", **SIZE)
+    return SimpleNamespace(rows=rows, strict=strict, executed=executed, calls=calls, root=made.run.folder / "study")
+
+
+def test_a_study_trains_agents_and_policies_with_seeds_of_their_own(studied, made):
+    root = studied.root
+    of = lambda part, a, b: weights(root / f"agent{a}-policy{b}", part)
+    assert of("agent", 0, 0) == of("agent", 0, 1) == weights(made.run.folder, "agent") != of("agent", 1, 0) == of("agent", 1, 1)
+    assert of("imagination", 0, 0) == weights(made.run.folder, "imagination")
+    assert len({of("imagination", a, b) for a in (0, 1) for b in (0, 1)}) == 4
+    assert {of("dynamics", a, b) for a in (0, 1) for b in (0, 1)} == {weights(made.run.folder, "dynamics")}
+
+
+def test_the_rows_of_a_study_say_what_stands_behind_them(studied):
+    rows = [(r["policy"], r["agent_seed"], r["policy_seed"], r["readout"]) for r in studied.rows]
+    assert rows == [("random", None, None, None), ("cloning", 0, None, "sample"), ("PMPO", 0, 0, "sample"), ("PMPO", 0, 1, "sample"),
+                    ("cloning", 1, None, "sample"), ("PMPO", 1, 0, "sample"), ("PMPO", 1, 1, "sample")]
+    assert all(r["setting"] is None and r["n"] == 2 and r["decisions"] == 3 and r["task"] == TASK for r in studied.rows)
+    assert all((r["dreamed"] is None) == (r["readout"] is None) and r["low"] <= r["catch"] <= r["high"] for r in studied.rows)
+    assert all(list(args[2]) == [40, 41] and args[3] == 3 for _, args, _ in studied.calls)
+
+
+def test_a_changed_setting_is_trained_from_its_phase_on(studied, made):
+    assert [(r["policy"], r["agent_seed"], r["setting"], r["value"]) for r in studied.strict] == [
+        ("PMPO", a, "imagination.model.beta", 1.0) for a in (0, 1)]
+    strict = studied.root / "imagination.model.beta=1.0"
+    for a in (0, 1):
+        assert weights(strict / f"agent{a}-policy0", "agent") == weights(studied.root / f"agent{a}", "agent")
+        assert weights(strict / f"agent{a}-policy0", "imagination") != weights(studied.root / f"agent{a}-policy0", "imagination")
+    assert [(r["policy"], r["setting"], r["value"]) for r in studied.executed] == [(p, "agent.labels", "executed") for p in ("cloning", "PMPO")]
+    other = studied.root / "agent.labels=executed" / "agent0"
+    assert weights(other, "dynamics") == weights(made.run.folder, "dynamics") and weights(other, "agent") != weights(made.run.folder, "agent")
+
+
+def test_the_dreamed_return_is_of_held_out_starts_that_are_not_solved(made, monkeypatch):
+    given = []
+
+    def noted(world, heads, policy, batch, config, generator):
+        given.append((world, heads, policy, batch, config))
+        return {"rewards": torch.arange(21.0).reshape(7, 3)}
+
+    monkeypatch.setattr(study, "imagine", noted)
+    heads = made.run.imagination
+    assert dreamed_return(made.run, heads, dreams=7, horizon=9) == sum(range(21)) / 7
+    world, read, policy, batch, config = given[0]
+    assert world is made.run.world and read is heads and policy is heads.policy
+    assert config == replace(made.run.preset.imagination.model, horizon=9) and batch.rewards.shape == (7, 3)
+    assert {int(-r) for r in batch.rewards[:, 1]} <= set(made.run.latents[1].index.tolist())
+
+
+def test_dreams_are_studied_from_the_phase_of_the_setting_on(made):
+    plain, = dream_study(made.run, seeds=1)
+    packed, again = dream_study(made.run, seeds=2, setting="dynamics.model.pack", value=4)
+    assert [(r["setting"], r["value"], r["seed"]) for r in (plain, packed, again)] == [
+        (None, None, 0), ("dynamics.model.pack", 4, 0), ("dynamics.model.pack", 4, 1)]
+    assert plain["tokenizer"] == packed["tokenizer"] == again["tokenizer"]
+    assert plain["dream"] == measured(made.run)["dream"]["mean"]
+    assert plain["dream"] != packed["dream"] != again["dream"]
+    narrow, = dream_study(made.run, seeds=1, setting="tokenizer.model.d_latent", value=4)
+    assert narrow["tokenizer"] != plain["tokenizer"] and set(narrow["seconds"]) >= {"tokenizer", "latents", "dynamics"}
+
+
+def test_rows_take_the_place_of_those_they_repeat(tmp_path):
+    row = dict(run="r", task="t", setting=None, value=None, policy="PMPO", agent_seed=0, policy_seed=0, readout="mean", decisions=5)
+    old, path = [row | {"catch": 0.1}, row | {"policy_seed": 1, "catch": 0.2}], tmp_path / "rows.json"
+    keep_rows(path, old)
+    keep_rows(path, [row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}])
+    assert json.loads(path.read_text())["rows"] == [old[1], row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}]
