@@ -1,5 +1,4 @@
 "A preset is tested as what it is: a run. On paper against its data and its machine, and with small models for two true steps a phase."
-import inspect
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,13 @@ from dreamer4_nb import agent, dynamics, imagination, presets, tokenizer
 from dreamer4_nb.agent import AgentHeads, train_agent
 from dreamer4_nb.core import asset, to_dict
 from dreamer4_nb.costs import MACHINES, SHAPES, count_parameters
-from dreamer4_nb.data import Windows
+from dreamer4_nb.data import LatentStore
 from dreamer4_nb.dynamics import Dynamics, train_dynamics
 from dreamer4_nb.forcing import draw_levels
 from dreamer4_nb.generation import WorldModel
 from dreamer4_nb.imagination import train_imagination
 from dreamer4_nb.presets import PRESETS, linked
+from dreamer4_nb.stores import Episode, EpisodeStore, building
 from dreamer4_nb.tokenizer import Tokenizer, encode_store, train_tokenizer
 
 META = torch.device("meta")
@@ -51,7 +51,8 @@ def levels(config, rows, frames):
     "Rows with a teacher, and the share of coarse frames over many batches of so many rows."
     generator, coarse = torch.Generator().manual_seed(0), []
     for _ in range(200):
-        _, j, n = draw_levels((rows, frames), config.schedule, generator, config.bootstrap_share, config.p_context)
+        _, j, n = draw_levels((rows, frames), config.schedule, generator, config.bootstrap_share, config.p_context,
+                              mixed=not config.committed)
         coarse.append((j < config.schedule.grid.j_min).float().mean())
     return n, float(torch.stack(coarse).mean())
 
@@ -69,24 +70,6 @@ def test_every_batch_trains_the_large_steps(name, phase):
     assert 0.65 * p.dynamics.model.bootstrap_share < coarse < 1.05 * p.dynamics.model.bootstrap_share
     if name != "paper":      # 80 GB do not hold four of its windows
         assert n / rows == pytest.approx(p.dynamics.model.bootstrap_share, abs=0.1)
-
-
-def used(lengths, rewards, length, pad):
-    "Share of the episodes, and of their reward, that windows of `length` frames reach."
-    reached = np.array([pad or n >= length for n in lengths])
-    earned = np.array([r.sum() for r in rewards])
-    return reached.mean(), earned[reached].sum() / earned.sum()
-
-
-@every_preset
-def test_windows_reach_all_that_ships(name):
-    "Data of one's own are no longer, where a task ends soon after success."
-    p, (lengths, rewards) = PRESETS[name], shipped()
-    pad = "pad" in inspect.signature(Windows).parameters
-    for phase in (p.tokenizer, p.dynamics, p.agent):
-        assert used(lengths, rewards, phase.length, pad) == (1, 1)
-    if p.tokenizer.settle:
-        assert used(lengths, rewards, p.tokenizer.model.transformer.context + 1, pad) == (1, 1)
 
 
 @every_preset
@@ -169,33 +152,57 @@ def fits(monkeypatch):
     return seen
 
 
-def run_phases(preset, store, folder):
-    "All phases as notebook 22 calls them."
+def run_phases(preset, store, folder, latents=None):
+    "All phases as notebook 22 calls them; with `latents` nothing is encoded."
     def settings(name):
         phase = getattr(preset, name)
         rest = {k: v for k, v in vars(phase).items() if k not in ("model", "train")}
         return dict(config=phase.model, train=phase.train, run_dir=folder) | rest
 
     tokens = train_tokenizer(store, **settings("tokenizer"))
-    latents = encode_store(store, tokens, folder / "latents.zarr")
+    latents = latents or encode_store(store, tokens, folder / "latents.zarr")
     world = train_dynamics(latents, **settings("dynamics"))
     world, heads = train_agent(latents, world, **settings("agent"))
     heads = train_imagination(latents, WorldModel(tokens, world).eval(), heads, **settings("imagination"))
     return tokens, world, heads
 
 
+@pytest.fixture(scope="module")
+def as_long_as_shipped(tmp_path_factory):
+    "Stores of tiny frames and of tiny latents with the lengths, rewards and qualities of what ships."
+    folder, (lengths, rewards) = tmp_path_factory.mktemp("shipped"), shipped()
+    with np.load(asset("demos_ball_in_cup-catch.npz")) as data:
+        qualities = data["quality"].astype(str)
+    stores = []
+    for kind, shape, dtype, more in (("frames", (8, 8, 3), "uint8", {}),
+                                     ("latents", (8, 8), "float16", {"mean": np.zeros((8, 8)).tolist(), "std": np.ones((8, 8)).tolist()})):
+        with building(folder / kind) as beside:
+            store = EpisodeStore.create(beside, "ball_in_cup-catch", 2, shape, 0, kind, dtype, **more)
+            store.extend([Episode(actions=np.zeros((n, 2)), rewards=r, quality=str(q), **{kind: np.zeros((n, *shape), dtype)})
+                          for n, r, q in zip(lengths, rewards, qualities)])
+            store.finish()
+        stores.append(EpisodeStore.open(folder / kind))
+    return stores[0], LatentStore(stores[1])
+
+
 @every_preset
-def test_windows_of_every_phase_reach_every_episode(name, tmp_path, monkeypatch):
-    "Those shorter than a window too. Nothing is trained."
-    preset, sources = shrunk(PRESETS[name]), {}
-    store = noise_store(tmp_path, preset)
+def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, tmp_path, monkeypatch):
+    "Every episode and all reward, in windows as long as the preset's. Nothing is trained."
+    true, small = PRESETS[name], shrunk(PRESETS[name])
+    lengths = {phase: replace(getattr(small, phase), length=getattr(true, phase).length) for phase in ("dynamics", "agent")}
+    tokens = replace(small.tokenizer, length=true.tokenizer.length, model=replace(small.tokenizer.model, image=8))
+    dream = replace(small.imagination, model=true.imagination.model)
+    preset = replace(small, tasks=("ball_in_cup-catch",), tokenizer=tokens, imagination=dream, **lengths)
+    sources = {}
     for module in (tokenizer, dynamics, agent, imagination):
         monkeypatch.setattr(module, "fit", lambda called, modules, loss, batches, *args, **options: sources.update({called: batches}))
-    run_phases(linked(preset), store, tmp_path)
+    frames, latents = as_long_as_shipped
+    run_phases(linked(preset), frames, tmp_path, latents)
     assert len(sources) == 4 + (preset.tokenizer.settle > 0)
+    assert sources["dynamics"].length == true.dynamics.length and sources["imagination"].length == true.imagination.model.context
     for called, source in sources.items():
         for windows in [part for part, _ in source.parts] if called == "agent" else [source]:
-            assert set(windows.owner) == set(range(windows.store.n_episodes)), called
+            assert windows.coverage() == {"episodes": 1, "frames": 1, "reward": 1}, called
 
 
 @every_preset
