@@ -14,7 +14,7 @@ from .core import UserError
 from .attention import TransformerConfig
 from .envs import TASKS, task_info
 from .training import TrainConfig
-from .tokenizer import TokenizerConfig
+from .tokenizer import TokenizerConfig, settling_clips
 from .dynamics import DynamicsConfig
 from .agent import AgentConfig
 from .imagination import ImaginationConfig
@@ -163,7 +163,7 @@ MICRO = Preset(
     tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8, transformer=replace(_thin, context=3)), _short,
                              batch=2, length=4, settle=3),
     dynamics=DynamicsPhase(DynamicsConfig(transformer=_thin), _short, batch=4, length=12),
-    agent=AgentPhase(AgentConfig(hidden=32), _short, batch=4, length=12),
+    agent=AgentPhase(AgentConfig(hidden=32), _short, batch=8, length=12),
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
     evaluation=EvaluationPhase(episodes=4, decisions=12, readouts=("sample",), demonstrator=2, dreams=4, videos=1))
 
@@ -197,14 +197,14 @@ def phase_shapes(preset: Preset) -> dict[str, Shape]:
     The batch of "imagination" is one of dreams, its `context` and `generated` the frames of a dream."""
     p = linked(preset)
     tokens, world, agent, dream = p.tokenizer, p.dynamics, p.agent, p.imagination
-    clips, slow = (tokens.batch, tokens.length), tokens.model.transformer.context + 1
+    clips = tokens.batch, tokens.length
     frames = dict(context=dream.model.context, generated=dream.model.horizon)
     whole = Shape(tokens.model, world.model, world.batch, world.length, clips=clips, **frames)
     acting = replace(whole, dynamics=replace(world.model, n_agent=agent.model.n_agent), agent=agent.model)
     out = {"tokenizer": whole, "dynamics": whole, "agent": replace(acting, batch=agent.batch // 2 * 2, length=agent.length),
            "imagination": replace(acting, batch=dream.batch, length=dream.model.context)}
     if tokens.settle:
-        out["slow"] = replace(whole, clips=(max(1, tokens.batch * tokens.length // slow), slow))
+        out["slow"] = replace(whole, clips=settling_clips(tokens.model, *clips, tokens.settle))
     return out
 
 # %% ../nbs/21_presets.ipynb #d409040d

@@ -21,12 +21,12 @@ import torch
 
 from .core import UserError, autocast, cast_linear, pick_device, pick_dtype, seed_everything
 from .attention import TransformerConfig
-from .blocks import BlockCausalTransformer
 from .training import TrainConfig
 from .tokenizer import TokenizerConfig
 from .dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from .generation import WorldModel
-from .costs import LOSSES, Shape, build, costs, count_flops, count_parameters, pick_shape, random_batches, saved_bytes, training_step
+from .costs import (Shape, build, costs, count_flops, count_parameters, pick_shape, random_batches, saved_bytes,
+                               training_step, transformers)
 
 # %% ../nbs/20_scaling.ipynb #cell-8
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def _stream(shape: Shape, world: WorldModel, latents, actions, device):
 def _run(shape: Shape, seconds: float, config: TrainConfig, device, dtype) -> tuple[dict, dict, dict]:
     "Timings, GFLOPs of the training steps and of one more frame, and parameters."
     seed_everything(0)
-    models, batches, generator = dict(zip(LOSSES, build(shape, device))), random_batches(shape, device), torch.Generator(device).manual_seed(0)
+    models, batches, generator = build(shape, device), random_batches(shape, device), torch.Generator(device).manual_seed(0)
     tokenizer, dynamics = models.values()
     steps = {f"{name}_train": training_step(name, module, batches[name], config, device, dtype) for name, module in models.items()}
-    for part in (part for module in models.values() for part in module.modules() if isinstance(part, BlockCausalTransformer)):
+    for part in (part for module in models.values() for part in transformers(module)):
         part.recompute = config.recompute
     if config.recompute:    # what is run again is no progress, and a step without it may not fit
         gflops = {f"{name}_train": found["step_gflops"] for name, found in costs(shape).items()}
@@ -159,7 +159,7 @@ def bench(shape: str | Shape, seconds: float = 3.0, device: str = "auto", dtype:
     name, shape = shape if isinstance(shape, str) else shape.about, pick_shape(shape)
     config, device = TrainConfig(dtype=dtype, device=device, compile=compile, recompute=recompute), pick_device(device)
     picked = pick_dtype(device) if dtype == "auto" else getattr(torch, dtype)
-    n = sum(count_parameters(m) for m in build(shape, torch.device("meta")))
+    n = sum(count_parameters(m) for m in build(shape, torch.device("meta")).values())
     if device.type == "cpu" and n > CPU_LIMIT:
         raise UserError(f"shape '{name}' has {n / 1e6:,.0f}M parameters, too many to time on a CPU; use a CUDA device, or a smaller shape "
                         "such as 'peers' or 'tiny'")
@@ -199,8 +199,9 @@ def bench_table(results: list[dict]) -> list[dict[str, str]]:
         return f"{result[key]:.1f} [{low:.1f}, {high:.1f}]"
 
     lines = {label: [cell(r, key) for r in results] for key, label in ITEMS.items()}
-    lines |= {f"{name}, share of peak": [f"{r[f'{name}_train_share']:.0%}" for r in results] for name in LOSSES}
-    lines |= {f"{name}, parameters": [f"{r['parameters'][name] / 1e6:.1f}M" for r in results] for name in LOSSES}
+    models = ("tokenizer", "dynamics")
+    lines |= {f"{name}, share of peak": [f"{r[f'{name}_train_share']:.0%}" for r in results] for name in models}
+    lines |= {f"{name}, parameters": [f"{r['parameters'][name] / 1e6:.1f}M" for r in results] for name in models}
     lines |= {f"matmul peak {key}, GFLOP/s": [f"{r[f'peak_gflops_{key}']:.0f}" for r in results] for key in ("fp32", "bf16")}
     lines |= {"peak memory, MB": [f"{r['peak_memory_mb']:.0f}" for r in results]}
     heads = [f"{r['shape']}, {r['dtype']}{', compiled' if r['compile'] else ''}" for r in results]

@@ -1,19 +1,24 @@
 "Shapes, counts, and memory and time foretold. Nothing is timed."
 import itertools
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from dreamer4_nb import attention
+from dreamer4_nb.agent import AgentConfig, Policy
 from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.blocks import BlockCausalTransformer
 from dreamer4_nb.core import UserError, autocast
 from dreamer4_nb.costs import (LOSSES, MACHINES, SHAPES, Machine, Shape, activations, best_way, build, costs, count_flops, count_parameters,
-                               forward_flops, pick_shape, predict, random_batches, saved_bytes, stream_bound, teacher_share, training_step)
+                               forward_flops, inference, pick_shape, predict, random_batches, saved_bytes, stream_bound, stream_bytes,
+                               teacher_share, training_step, transformers)
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.forcing import draw_levels
+from dreamer4_nb.generation import WorldModel
 from dreamer4_nb.tokenizer import TokenizerConfig
 from dreamer4_nb.training import TrainConfig
 
@@ -39,17 +44,18 @@ def test_peers_is_the_shape_of_the_table():
 
 def test_paper_has_the_papers_sizes():
     s = SHAPES["paper"]
-    tokenizer, dynamics = (count_parameters(m) for m in build(s, META))
+    tokenizer, dynamics = (count_parameters(m) for m in build(s, META).values())
     assert abs(tokenizer / 400e6 - 1) < 0.05 and abs(dynamics / 1.6e9 - 1) < 0.05
     assert (s.dynamics.n_tokens, s.dynamics.d_token, s.dynamics.transformer.context) == (256, 32, 192)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_bootstrap_of_every_shape_is_trained(name):
-    "The share of rows that `costs` gives a teacher is the one that `draw_levels` gives, and is the share asked for."
+    "The share of rows that `costs` gives a teacher is the one that `draw_levels` gives: the share asked for, rounded up to a row."
     s, c = SHAPES[name], SHAPES[name].dynamics
     rows = draw_levels((s.batch, 1), c.schedule, torch.Generator().manual_seed(0), c.bootstrap_share)[2]
-    assert rows / s.batch == teacher_share(s) == c.bootstrap_share > 0
+    assert rows / s.batch == teacher_share(s) >= c.bootstrap_share > 0
+    assert s.batch % 4 or teacher_share(s) == c.bootstrap_share
 
 
 def layer_parameters(c):
@@ -59,14 +65,14 @@ def layer_parameters(c):
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_parameters_on_the_meta_device(name):
-    tokenizer, dynamics = build(SHAPES[name], META)
+    tokenizer, dynamics = build(SHAPES[name], META).values()
     assert all(x.is_meta for module in (tokenizer, dynamics) for x in itertools.chain(module.parameters(), module.buffers()))
     for part in (tokenizer.encoder, tokenizer.decoder, dynamics.transformer):
         assert count_parameters(part) == part.config.depth * layer_parameters(part.config) + part.config.width
 
 
 def test_meta_models_have_the_parameters_of_real_ones():
-    for bare, real in zip(build(MICRO, META), build(MICRO, CPU)):
+    for bare, real in zip(build(MICRO, META).values(), build(MICRO, CPU).values()):
         assert {k: p.shape for k, p in bare.named_parameters()} == {k: p.shape for k, p in real.named_parameters()}
 
 
@@ -83,7 +89,7 @@ def test_shapes_that_do_not_fit_are_refused():
 # FLOPs and memory
 
 def counted(shape, name):
-    module = dict(zip(LOSSES, build(shape, CPU)))[name]
+    module = build(shape, CPU)[name]
     return count_flops(training_step(name, module, random_batches(shape, CPU)[name], TrainConfig(), CPU, torch.float32))
 
 
@@ -146,10 +152,9 @@ FORETOLD = {
 def kept(shape, dtype, recompute):
     "What autograd really keeps of one loss of each model."
     data, out = random_batches(shape, CPU), {}
-    for name, module in zip(LOSSES, build(shape, CPU)):
-        for part in module.modules():
-            if isinstance(part, BlockCausalTransformer):
-                part.recompute = recompute
+    for name, module in build(shape, CPU).items():
+        for part in transformers(module):
+            part.recompute = recompute
         with autocast(CPU, dtype):
             out[name] = saved_bytes(lambda: LOSSES[name]({name: module}, data[name], torch.Generator().manual_seed(0)), module)
     return out
@@ -172,6 +177,140 @@ def test_activations_of_the_papers_shape(monkeypatch, dtype, recompute):
         measured = kept(SHAPES["paper"], dtype, recompute)
     found = activations("paper", dtype == torch.bfloat16, recompute=recompute)
     assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
+
+
+# Phase 2, several batches in a step, and what keeps nothing
+
+def acting(batch, length, transformer=WIDE, **changes):
+    "A shape with an agent."
+    config = DynamicsConfig(n_latents=8, d_latent=8, pack=1, n_agent=1, transformer=transformer, **changes)
+    return Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=WIDE), config, batch, length, 4, 2, clips=(1, 2),
+                 agent=AgentConfig(width=transformer.width, hidden=32))
+
+
+AGENTS = {"plain": acting(8, 8), "longer than the context, single images": acting(4, 12, image_rows=0.3),
+          "committed": acting(8, 8, replace(WIDE, time_every=2), committed=True), "one row of each half": acting(2, 12, short=4)}
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", AGENTS)
+def test_phase_two_keeps_what_its_two_passes_keep(name, dtype, recompute):
+    "The video loss of half of the rows, and h of all, or of the other half where the first pass gives it."
+    shape = AGENTS[name]
+    module, batch = build(shape, CPU)["agent"], random_batches(shape, CPU)["agent"]
+    assert int(batch.relevant.sum()) == shape.batch - shape.video_rows
+    for part in transformers(module):
+        part.recompute = recompute
+    with autocast(CPU, dtype):
+        measured = saved_bytes(lambda: LOSSES["agent"]({"agent": module}, batch, torch.Generator().manual_seed(0)), module)
+    found = activations(shape, dtype == torch.bfloat16, recompute=recompute)["agent"][0]
+    assert found == pytest.approx(measured, rel=0.06 if recompute else 0.01)
+
+
+@pytest.mark.parametrize("name", ["plain", "longer than the context, single images"])
+def test_flops_of_phase_two(name):
+    assert counted(AGENTS[name], "agent") == pytest.approx(costs(AGENTS[name])["agent"]["step_gflops"] * 1e9, rel=0.02)
+
+
+def test_an_agent_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="make them equal"):
+        replace(AGENTS["plain"], agent=AgentConfig(width=32))
+    with pytest.raises(UserError, match="even number"):
+        replace(AGENTS["plain"], batch=3)
+    with pytest.raises(UserError, match="no agent"):
+        inference(MICRO, "H100", 10, 10)
+
+
+class Live(TorchDispatchMode):
+    "Counts the bytes of all storages that are alive while it is on, and their peak."
+    def __init__(self):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, {}
+
+    def add(self, x):
+        storage = x.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self.alive:
+            return
+
+        def gone(_):
+            self.now -= size
+            del self.alive[key]
+
+        self.alive[key] = weakref.ref(storage, gone)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.add(x)
+        return out
+
+
+LARGER = replace(WIDE, width=128, heads=4, kv_heads=2)
+STEPS = {"tokenizer": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=LARGER), DynamicsConfig(n_latents=8, d_latent=8), 1, 1, 1, 1, clips=(4, 12)),
+         "dynamics": replace(FORETOLD["plain"], dynamics=replace(FORETOLD["plain"].dynamics, transformer=LARGER), batch=16),
+         "agent": acting(8, 12, LARGER)}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("name", STEPS)
+def test_peak_of_a_step_is_foretold(name, accumulate):
+    "Of the second step, as the first one makes the moments. A second batch comes while the gradients of the first are there."
+    shape = STEPS[name]
+    module, batch = build(shape, CPU)[name], random_batches(shape, CPU)[name]
+    step = training_step(name, module, batch, TrainConfig(accumulate=accumulate), CPU, torch.float32)
+    with Live() as live:
+        for p in module.parameters():
+            live.add(p.data)
+        step()
+        live.peak = live.now
+        step()
+    found = predict(shape, "2 CPU cores", dtype="float32", accumulate=accumulate)[name]
+    assert 1e9 * found["memory"] == pytest.approx(live.peak, rel=0.02)
+
+
+def test_accumulated_batches_cost_time_and_keep_gradients_beside_activations():
+    one, two = (predict("paper", "H100", 8, 0, recompute=True, accumulate=n)["dynamics"] for n in (1, 2))
+    assert two["products"] == pytest.approx(2 * one["products"]) and two["frames"] == 2 * one["frames"]
+    n = costs(SHAPES["paper"])["dynamics"]["parameters"]
+    assert two["memory"] - one["memory"] == pytest.approx((4 + 4 / 8) * n / 1e9)     # FSDP keeps all gradients until the last batch
+    small = [predict("small", "RTX 4090", accumulate=n)["dynamics"] for n in (1, 2)]
+    assert small[1]["memory"] - small[0]["memory"] == pytest.approx(small[0]["gradients"])
+
+
+@pytest.mark.parametrize("name", ["small", "base", "paper"])
+def test_a_row_of_dreams_takes_what_is_foretold(monkeypatch, name):
+    "Rings made and cast, a context shown, one frame more; on fake tensors, with a GPU's attention."
+    monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)
+    monkeypatch.setattr(attention, "attend", gpu_attend)
+    d, rows, frames = SHAPES[name].dynamics, 4, 24
+    with FakeTensorMode(), torch.no_grad(), autocast(CPU, torch.bfloat16):
+        world = WorldModel(*build(SHAPES[name], CPU).values()).eval()
+        latents, actions = torch.rand(rows, frames, d.n_latents, d.d_latent), torch.rand(rows, frames, d.action_dim)
+        with Live() as live:
+            dream = world.start(rows, torch.Generator())
+            world.observe(dream, latents, actions)
+            world.imagine(dream, actions[:, 0])
+    assert 0.9 < stream_bytes(world.dynamics.transformer, frames, 2) / (live.peak / rows) < 1.5
+
+
+@pytest.mark.parametrize("machine, dtype", [("H100", "bfloat16"), ("2 CPU cores", "float32")])
+def test_rows_of_the_closed_loop_are_those_of_the_policy(machine, dtype):
+    "As many at a time as `Policy.rows` says, in about equal parts; dreams of phase 3 all at once."
+    machine, shape = replace(MACHINES[machine], memory=0.01), AGENTS["plain"]
+    found = inference(shape, machine, frames=20, episodes=500, dtype=dtype)
+    for row in found.values():
+        assert row["memory"] == pytest.approx(row["weights"] + row["rows"] * row["row"]) and row["row"] > 0
+    assert found["imagine"]["rows"] == shape.batch and (found["encode"]["rows"] == 8) == (not machine.gpu)
+    tokenizer, acting = build(shape, META).values()
+    policy = Policy(WorldModel(tokenizer, acting["dynamics"]), acting["heads"])
+    budget = 2e9 if not machine.gpu else (1e9 * machine.memory - 1e9 * found["act"]["weights"]) / 2
+    parts = -(-500 // policy.rows(budget))
+    assert found["act"]["rows"] == -(-500 // parts) and (parts == 1) == (not machine.gpu)
 
 
 def gpu_attend(q, k, v, mask=None, softcap=0.0, causal=False):
@@ -198,14 +337,14 @@ def test_activations_with_a_gpus_attention(monkeypatch, name):
 
 @pytest.mark.parametrize("name, numbers", [("base", [114_135_008, 307_635_744]), ("paper", [406_492_944, 1_588_796_448])])
 def test_parameters_to_the_last_one(name, numbers):
-    assert [count_parameters(m) for m in build(SHAPES[name], META)] == numbers
+    assert [count_parameters(m) for m in build(SHAPES[name], META).values()] == numbers
 
 
 def test_state_is_16_bytes_a_parameter_and_shared_evenly():
     whole = predict("paper", "H100")
     for n in (2, 8, 64):
         part = predict("paper", "H100", n, n, ema=True)
-        for k, module in zip(LOSSES, build(SHAPES["paper"], META)):
+        for k, module in build(SHAPES["paper"], META).items():
             state = sum(part[k][key] for key in ("weights", "gradients", "moments"))
             assert state == pytest.approx(16e-9 * count_parameters(module) / n)
             assert state == pytest.approx(sum(whole[k][key] for key in ("weights", "gradients", "moments")) / n)
@@ -215,7 +354,7 @@ def test_state_is_16_bytes_a_parameter_and_shared_evenly():
 def test_sharing_over_a_node_is_hsdp():
     "The state depends on the shard only; gradients of the groups are added up through the network."
     node, many = predict("paper", "H100", 8, 8), predict("paper", "H100", 64, 8)
-    n = count_parameters(build(SHAPES["paper"], META)[1])
+    n = count_parameters(build(SHAPES["paper"], META)["dynamics"])
     assert many["dynamics"]["memory"] == node["dynamics"]["memory"]
     assert node["dynamics"]["exchange"] == pytest.approx(12 * n * 7 / 8 / 450e9)           # two bytes gathered four times, twice for the teacher, four added up once
     assert many["dynamics"]["exchange"] - node["dynamics"]["exchange"] == pytest.approx(2 * 4 * n / 8 * 7 / 8 / 50e9)
@@ -224,14 +363,14 @@ def test_sharing_over_a_node_is_hsdp():
 
 def test_ddp_adds_up_all_gradients():
     alone, both = predict(MICRO, "H100"), predict(MICRO, "H100", 2)
-    for k, module in zip(LOSSES, build(MICRO, META)):
+    for k, module in build(MICRO, META).items():
         n = count_parameters(module)
         assert both[k]["exchange"] == pytest.approx(2 * 4 * n / 2 / 450e9) and alone[k]["exchange"] == 0
         assert both[k]["gathered"] == pytest.approx(4e-9 * n) and both[k]["frames"] == 2 * alone[k]["frames"]
 
 
 def test_the_teacher_gathers_weights_as_well():
-    n = count_parameters(build(MICRO, META)[1])
+    n = count_parameters(build(MICRO, META)["dynamics"])
     assert predict(MICRO, "H100", 4, 4)["dynamics"]["exchange"] == pytest.approx((4 * 2 + 4) * n * 3 / 4 / 450e9)
 
 
@@ -252,17 +391,18 @@ def test_what_cannot_be_predicted_is_said(wrong):
 
 
 def test_best_way_fits_and_is_the_plainest():
-    found = best_way("paper", "H100")
-    assert {k: r["way"] for k, r in found.items()} == {"tokenizer": "recompute", "dynamics": "recompute"}
+    found = best_way("paper", "H100", 8)
+    assert found["tokenizer"]["way"] == "recompute" and found["dynamics"]["way"] == "recompute, shard 8"
+    assert best_way("paper", "H100")["dynamics"] is None
     assert best_way("paper", "RTX 4090") == {"tokenizer": None, "dynamics": None}
     assert {r["way"] for r in best_way("tiny", "H100", 8).values()} == {"plain"}
     tight = replace(MACHINES["H100"], memory=found["dynamics"]["memory"] / 0.9 * 0.99)
-    assert best_way("paper", tight)["dynamics"] is None
+    assert best_way("paper", tight, 8)["dynamics"] is None
 
 
 def test_one_more_frame_reads_weights_and_cache_in_every_pass():
     machine = Machine("slow memory", peak_bf16=1e9, peak_fp32=1e9, memory=1, bandwidth=2, link=1, network=1)
-    transformer, found = build(MICRO, META)[1].transformer, stream_bound(MICRO, machine)
+    transformer, found = build(MICRO, META)["dynamics"].transformer, stream_bound(MICRO, machine)
     read = 2 * count_parameters(transformer) + transformer.init_cache(1, META, torch.bfloat16).nbytes
     assert found["frame"] == pytest.approx(1e3 * 5 * read / 2e9)                            # four denoising steps and the commit
     assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, reach=0.5))["frame"] == pytest.approx(

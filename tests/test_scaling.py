@@ -10,7 +10,7 @@ import torch
 from dreamer4_nb import scaling
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear
-from dreamer4_nb.costs import LOSSES, MACHINES, Shape, build, count_parameters, predict, random_batches
+from dreamer4_nb.costs import MACHINES, Shape, build, count_parameters, predict, random_batches
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation import text_table
 from dreamer4_nb.generation import WorldModel
@@ -74,7 +74,7 @@ def test_bench_has_all_keys_and_fits_json(result):
     for key, (low, high) in result["spread"].items():
         assert 0 < low <= result[key] <= high
     assert result["versions"].keys() == {"python", "torch", "dreamer4_nb"} and min(result["calls"].values()) >= 3
-    assert result["parameters"] == {name: count_parameters(m) for name, m in zip(LOSSES, build(MICRO, CPU))}
+    assert result["parameters"] == {name: count_parameters(m) for name, m in build(MICRO, CPU).items()}
 
 
 def test_share_is_work_over_time_over_peak(result):
@@ -115,7 +115,7 @@ def test_table_has_a_column_a_result(result):
 
 def test_stream_has_a_full_cache():
     "One more frame at batch 1 sees context - 1 frames, before and after it."
-    tokenizer, dynamics = build(MICRO, CPU)
+    tokenizer, dynamics = build(MICRO, CPU).values()
     world, seen = scaling.WorldModel(tokenizer, dynamics).eval(), []
     dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(getattr(kwargs["cache"], "cache", kwargs["cache"]).past), with_kwargs=True)
     latents, actions = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2)
