@@ -42,7 +42,7 @@ def preset(tmp_path_factory):
     store.finish()
     return Preset(
         tasks=(TASK,), data=str(path), held_out=0.25, threads=1, workers=1, seed=3,
-        tokenizer=TokenizerPhase(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN), SHORT, batch=2, length=3,
+        tokenizer=TokenizerPhase(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN), SHORT, batch=7, length=2,
                                  focus=0.1, perceptual=0.0, settle=2),
         dynamics=DynamicsPhase(DynamicsConfig(transformer=THIN), SHORT, batch=3, length=4, focus=0.2),
         agent=AgentPhase(AgentConfig(hidden=16, mtp=2), SHORT, batch=4, length=5, focus=0.3),
@@ -320,11 +320,11 @@ def test_the_dreamed_return_is_of_held_out_starts_that_are_not_solved(made, monk
 
     def noted(world, heads, policy, batch, config, generator):
         given.append((world, heads, policy, batch, config))
-        return {"rewards": torch.arange(6.0).reshape(2, 3)}
+        return {"rewards": torch.arange(21.0).reshape(7, 3)}
 
     monkeypatch.setattr(study, "imagine", noted)
     heads = made.run.imagination
-    assert dreamed_return(made.run, heads, dreams=7, horizon=9) == (3 + 12) / 2
+    assert dreamed_return(made.run, heads, dreams=7, horizon=9) == sum(range(21)) / 7
     world, read, policy, batch, config = given[0]
     assert world is made.run.world and read is heads and policy is heads.policy
     assert config == replace(made.run.preset.imagination.model, horizon=9) and batch.rewards.shape == (7, 3)
