@@ -82,8 +82,8 @@ KNOWN = [
     ("train_dynamics sets no statistics", "dynamics", r"\n    dynamics\.set_statistics\([^\n]*\)\n", "\n"),
     ("the streaming policy passes the action one step late", "agent",
      r"self\.world\.observe\(self\.dream, latents, self\.action\[:, None\]([^\n]*)\)\n",
-     r"self.world.observe(self.dream, latents, getattr(self, 'late', self.action)[:, None]\1)\n"
-     r"        self.late = self.action\n"),
+     r"self.world.observe(self.dream, latents, getattr(self, 'late', self.action)[:, None]\1); "
+     r"self.late = self.action\n"),
     ("dreams call an episode's first action known", "evaluation",
      r"(def dreams\(.*?torch\.arange\(length[^)]*\)) > 0", r"\1 >= 0"),
     ("the parts of a mixture share one seed", "data", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
@@ -397,7 +397,7 @@ def draw(modules: list[str], sources: dict[str, str], number: int, seed: int) ->
 
 
 def known(sources: dict[str, str]) -> list[Fault]:
-    "The faults of KNOWN. `SystemExit` names a pattern that does not fit exactly once."
+    "The faults of KNOWN. `SystemExit` names a pattern that does not fit exactly once, or no longer makes Python."
     faults = []
     for what, module, pattern, by in KNOWN:
         found = list(re.finditer(pattern, sources[module], re.DOTALL))
@@ -406,6 +406,10 @@ def known(sources: dict[str, str]) -> list[Fault]:
         match = found[0]
         line = sources[module][:match.end()].rstrip("\n").count("\n") + 1
         source = sources[module][:match.start()] + match.expand(by) + sources[module][match.end():]
+        try:
+            compile(source, module, "exec")
+        except SyntaxError as error:
+            sys.exit(f"with the known fault '{what}' {module}.py is no Python ({error}); correct its pattern in KNOWN")
         faults.append(Fault(module, line, "known", match.group().strip(), match.expand(by).strip(), source, what))
     return faults
 
