@@ -92,7 +92,7 @@ class Evaluate:
     episodes: int = 100                                     # episodes of every policy
     decisions: int = 125                                    # length of an episode
     readouts: tuple[Literal["sample", "mean", "mode"], ...] = ("sample", "mean", "mode")
-    first_seed: int = 20_000                                # seeds first_seed, first_seed + 1, ...
+    first_seed: int = 50_000                                # seeds first_seed, first_seed + 1, ...; none may begin an episode of the data
     demonstrator: int = 30                                  # episodes of the planner; 0 = leave it out
     workers: int = 2                                        # processes that step and draw environments
 

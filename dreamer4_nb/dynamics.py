@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from einops import rearrange, repeat
 
-from .core import UserError, asset, check_shape, from_dict, load_checkpoint, load_weights, seed_everything, to_dict
+from .core import UserError, asset, check_shape, from_dict, load_checkpoint, load_weights, say, seed_everything, to_dict
 from .forcing import Schedule, forcing_loss, noise_context
 from .attention import TransformerConfig, segment_mask, time_mask
 from .blocks import BlockCausalTransformer, TokenLayout
@@ -30,9 +30,9 @@ class DynamicsConfig:
     action_dim: int = 2
     n_registers: int = 2
     n_agent: int = 0               # agent tokens (phases 2 and 3); nothing attends to them
-    bootstrap_share: float = 0.25  # rows of a batch that train the larger steps
+    bootstrap_share: float = 0.25  # rows of a batch that have a teacher and train the larger steps
     committed: bool = False        # past frames as they are in use, clean but for the context noise; False = the paper, at levels of their own
-    p_context: float = 0.0         # frames put at the level that committed context has in use (0 = the paper)
+    p_context: float = 0.0         # more frames at the level of the context than the paper's draws put there (0 = the paper)
     clip: float = 4.0              # bound of the bootstrap targets, in standard deviations of the latents
     image_rows: float = 0.0        # share of rows treated as single images (paper: 0.3)
     short: int = 0                 # length of the short clips that half of the other rows are cut into; 0 = whole rows only
@@ -167,9 +167,11 @@ def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
     """
     if not config.image_rows and not config.short:
         return None, None
-    frame, kind = torch.arange(t).expand(b, t), torch.rand(b, 1, generator=generator)
+    device = generator.device
+    frame = torch.arange(t, device=device).expand(b, t)
+    kind = torch.rand(b, 1, generator=generator, device=device)
     images = kind < config.image_rows
-    segments = torch.zeros(b, t, dtype=torch.long)
+    segments = torch.zeros_like(frame)
     if config.short:
         cut = kind < config.image_rows + (1 - config.image_rows) / 2
         segments = torch.where(cut, frame // config.short, segments)
@@ -179,8 +181,8 @@ def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
 def video_loss(model: Dynamics, batch, generator, agent=None):
     """Shortcut forcing on a batch of latents (paper, section 3.2): (loss, metrics, h).
 
-    The loss is the mean over all frames: as two terms, each divided by its own RMS, the small bootstrap loss would
-    outweigh the data. h (b, t, n_agent, width) are the `agent` tokens' outputs on the context when the config is
+    The loss is the mean over all frames that `batch.valid` counts: as two terms, each divided by its own RMS, the small
+    bootstrap loss would outweigh the data. h (b, t, n_agent, width) are the `agent` tokens' outputs on the context when the config is
     `committed`, else None.
     """
     c, z = model.config, model.normalise(batch.latents.float())
@@ -198,7 +200,9 @@ def video_loss(model: Dynamics, batch, generator, agent=None):
         x_hat, last["h"] = model(z_tau, i, j, batch.actions[rows], known[rows], *of_rows)
         return x_hat
 
-    losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip)
+    # Frames beside committed context do not see each other, so mixed sizes in a row would teach nothing there.
+    losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip, batch.valid,
+                                   mixed=not c.committed)
     share = metrics["bootstrap_share"]
     return (1 - share) * losses["flow"] + share * losses["bootstrap"], metrics, last["h"] if c.committed else None
 
@@ -215,8 +219,9 @@ def train_dynamics(latents, config: DynamicsConfig, train: TrainConfig, run_dir,
     seed_everything(train.seed)
     dynamics = Dynamics(config)
     dynamics.set_statistics(torch.as_tensor(latents.mean), torch.as_tensor(latents.std))
-    fit("dynamics", {"dynamics": dynamics}, dynamics_loss, Windows(latents, length, batch, train.seed, focus=focus),
-        train, run_dir, model_config={"dynamics": to_dict(config)})
+    windows = Windows(latents, length, batch, train.seed, focus=focus, pad=True)
+    say(f"dynamics: {windows.describe()}")
+    fit("dynamics", {"dynamics": dynamics}, dynamics_loss, windows, train, run_dir, model_config={"dynamics": to_dict(config)})
     return dynamics.eval()
 
 

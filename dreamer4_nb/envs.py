@@ -368,6 +368,7 @@ class VectorEnv:
     """One environment per seed, spread over worker processes that step and draw. Use it in a `with` block, or `close()` it.
 
     An environment whose episode is over stays as it is: its last frame again, reward 0, continue 1, last True.
+    The continue 0 of a true end comes once, with the step that ended the episode.
     """
     def __init__(self, task: str, seeds: Sequence[int], workers: int = 2, image: int = 64, repeat: int | None = None,
                  time_limit_decisions: int | None = None):

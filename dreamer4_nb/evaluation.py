@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['STYLE', 'METRICS', 'SECTIONS', 'INTERVALS', 'Records', 'interval', 'bootstrap', 'compare', 'runs_interval', 'gains',
-           'RandomPolicy', 'PlannerPolicy', 'evaluate_policy', 'closed_loop_rows', 'closed_loop_table', 'text_table',
-           'beside_dream', 'reconstructions', 'dreams', 'curves_figure', 'steps_figure', 'findings', 'report']
+           'RandomPolicy', 'PlannerPolicy', 'evaluate_policy', 'check_fresh', 'closed_loop_rows', 'closed_loop_table',
+           'text_table', 'beside_dream', 'reconstructions', 'dreams', 'curves_figure', 'steps_figure', 'findings',
+           'report']
 
 # %% ../nbs/18_evaluation.ipynb #cell-2
 import base64
@@ -21,10 +22,12 @@ import torch
 from scipy import stats
 from tqdm import tqdm
 
-from .core import UserError, atomic_path, check_shape, step_generator, to_uint8, use_style, write_json
+from .core import (RowGenerators, UserError, atomic_path, autocast, check_shape, inference_dtype, row_chunks, step_generator,
+                              to_uint8, use_style, write_json)
 from .envs import VectorEnv, solved
 from .planner import Planner
 from .data import to_float
+from .tokenizer import decode_stream, encode_stream
 
 # %% ../nbs/18_evaluation.ipynb #cell-7
 @dataclass(frozen=True)
@@ -161,39 +164,66 @@ class PlannerPolicy:
     def act(self, states): return self.planner.plan(states)
 
 # %% ../nbs/18_evaluation.ipynb #cell-45
+def _play(policy, env: VectorEnv, rows: range, decisions: int, keep: int, name: str, bar) -> tuple[np.ndarray, list, list]:
+    "One episode of every environment, those numbered `rows`: rewards (n, decisions), and the frames and actions of the first `keep`."
+    act, sees, n = getattr(policy, "act", policy), getattr(policy, "sees", "frames"), len(rows)
+    rewards, alive = np.zeros((n, decisions)), np.ones(n, bool)
+    frames = env.reset()
+    if hasattr(policy, "reset"):
+        policy.reset(n, rows.start) if rows.start else policy.reset(n)
+    kept_frames, kept_actions = [frames[:keep]], []
+    for t in range(decisions):
+        actions = np.asarray(act(env.states() if sees == "states" else frames), np.float32)
+        if actions.ndim != 2 or len(actions) != n or not np.isfinite(actions).all():
+            raise UserError(f"policy {name} gave actions of shape {actions.shape}, finite: {np.isfinite(actions).all()}; "
+                            f"expected ({n}, a), all finite")
+        frames, reward, _, last = env.step(actions.clip(-1, 1))
+        rewards[:, t] = reward * alive
+        alive &= ~np.asarray(last, bool)
+        kept_frames.append(frames[:keep])
+        kept_actions.append(actions[:keep])
+        bar.update(n)
+        if not alive.any():
+            break
+    return rewards, kept_frames, kept_actions
+
+
 def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int = 2, keep: int = 0, name: str | None = None,
                     image: int = 64, progress: bool = False) -> Records:
-    """Runs one episode per seed in the real environment, all seeds as one batch, and records what each came to.
+    """Runs one episode per seed in the real environment and records what each came to.
 
     `policy` has `reset(n)` and `act(frames (n, h, w, c) uint8) -> (n, a)`, or is such a function of frames alone;
-    one whose `sees` is "states" gets simulator states, and with "nothing" no frame is drawn. `keep`: the first so many episodes keep frames and actions.
+    one whose `sees` is "states" gets simulator states, and with "nothing" no frame is drawn. All seeds run as one batch, unless
+    the policy has `rows()`, which says how many it can hold at a time; it then gets `reset(n, first)`, so that the episode of a
+    seed does not depend on the batch. `keep`: the first so many episodes keep frames and actions.
     Raises UserError when an action is not finite or has the wrong shape.
     """
     seeds = [int(s) for s in seeds]
     if not seeds or decisions < 1:
         raise UserError(f"{len(seeds)} seeds, {decisions} decisions; expected at least one of each")
-    act, sees = getattr(policy, "act", policy), getattr(policy, "sees", "frames")
     name = name or getattr(policy, "name", getattr(policy, "__name__", type(policy).__name__))
-    began, rewards, alive = time.perf_counter(), np.zeros((len(seeds), decisions)), np.ones(len(seeds), bool)
-    with VectorEnv(task, seeds, workers=workers, image=image if keep or sees == "frames" else None) as env:
-        frames = env.reset()
-        if hasattr(policy, "reset"):
-            policy.reset(len(seeds))
-        kept_frames, kept_actions = [frames[:keep]], []
-        for t in tqdm(range(decisions), desc=f"{name} on {len(seeds)} seeds", disable=not progress, leave=False):
-            actions = np.asarray(act(env.states() if sees == "states" else frames), np.float32)
-            if actions.ndim != 2 or len(actions) != len(seeds) or not np.isfinite(actions).all():
-                raise UserError(f"policy {name} gave actions of shape {actions.shape}, finite: {np.isfinite(actions).all()}; "
-                                f"expected ({len(seeds)}, a), all finite")
-            frames, reward, _, last = env.step(actions.clip(-1, 1))
-            rewards[:, t] = reward * alive
-            alive &= ~np.asarray(last, bool)
-            kept_frames.append(frames[:keep])
-            kept_actions.append(actions[:keep])
-            if not alive.any():
-                break
-    kept = {"frames": np.stack(kept_frames, 1), "actions": np.stack(kept_actions, 1)} if keep else {}
-    return Records.of_rewards(name, task, seeds, rewards, info={"seconds": time.perf_counter() - began}, **kept)
+    sees, fitting = getattr(policy, "sees", "frames"), policy.rows() if hasattr(policy, "rows") else len(seeds)
+    began, rewards, kept = time.perf_counter(), [], []
+    with tqdm(total=len(seeds) * decisions, desc=f"{name} on {len(seeds)} seeds", unit="decision", disable=not progress, leave=False) as bar:
+        for rows in row_chunks(len(seeds), 1, fitting):
+            with VectorEnv(task, seeds[rows.start:rows.stop], workers=workers, image=image if keep or sees == "frames" else None) as env:
+                played, *shown = _play(policy, env, rows, decisions, min(max(keep - rows.start, 0), len(rows)), name, bar)
+            rewards.append(played)
+            kept.append(shown)
+    of_kept = {}
+    if keep:
+        length = min(len(actions) for _, actions in kept)       # of chunks that all ended early, what they share
+        of_kept = {"frames": np.concatenate([np.stack(frames[:length + 1], 1) for frames, _ in kept if len(frames[0])]),
+                   "actions": np.concatenate([np.stack(actions[:length], 1) for _, actions in kept if len(actions[0])])}
+    return Records.of_rewards(name, task, seeds, np.concatenate(rewards), info={"seconds": time.perf_counter() - began}, **of_kept)
+
+
+def check_fresh(task: str, seeds, store) -> None:
+    "`UserError` where some of the evaluation's seeds are those with which episodes of the task begin in a store."
+    known = set(store.seeds[store.task_ids == store.tasks.index(task)].tolist()) if task in store.tasks else set()
+    if shared := sorted(known & set(map(int, seeds))):
+        raise UserError(f"{len(shared)} of {len(seeds)} seeds of the evaluation, {shared[0]} among them, begin episodes of the data "
+                        f"({store.path}): they are not fresh; choose --first-seed {max(known) + 1}")
 
 # %% ../nbs/18_evaluation.ipynb #cell-54
 def closed_loop_rows(records: list[Records], baseline: str = "random", measure: str = "any") -> list[dict]:
@@ -232,14 +262,15 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     frames (t, h, w, c) uint8 and actions (t − 1, a) of one episode. The dream sees the first `prefix` frames, then only the
     actions, which are those of the real episode; a white bar under the right half marks the frames it was shown.
     """
-    device = policy.world.dynamics.latent_mean.device
+    device = policy.world.device
     led_to = torch.zeros(len(frames), policy.heads.config.action_dim, device=device)
     led_to[1:, :actions.shape[-1]] = torch.as_tensor(actions, dtype=torch.float32)
-    latents = policy.world.tokenizer.encode(to_float(torch.as_tensor(frames, device=device))[None])
+    latents = encode_stream(policy.world.tokenizer, torch.as_tensor(frames)[None]).to(device)
     agent = policy.heads.tokens(torch.tensor([policy.task], device=device)) if policy.world.dynamics.config.n_agent else None
     known = (torch.arange(len(frames), device=device) > 0)[None]
-    dreamed = policy.world.rollout(latents, led_to[None], prefix, step_generator(seed), agent, known)
-    dream = to_uint8(policy.world.tokenizer.decode(dreamed)[0]).copy()
+    with autocast(device, inference_dtype(device)):
+        dreamed = policy.world.rollout(latents, led_to[None], prefix, step_generator(seed), agent, known)
+    dream = to_uint8(decode_stream(policy.world.tokenizer, dreamed)[0]).copy()
     dream[:prefix, -2:] = 255
     return np.concatenate([frames, np.full_like(frames[:, :, :2], 255), dream], 2)
 
@@ -247,29 +278,32 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
 @torch.no_grad()
 def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
     "Truth and reconstruction (2, n, c, h, w) of frames drawn from the episodes of a store, each decoded in its episode's stream."
-    rng, device, pairs = np.random.default_rng(seed), tokenizer.mean_frame.device, []
+    rng, pairs = np.random.default_rng(seed), []
     for i in rng.choice(store.n_episodes, n, replace=store.n_episodes < n):
-        frames = to_float(torch.as_tensor(store.episode(int(i)).frames, device=device))
+        frames = torch.as_tensor(store.episode(int(i)).frames)
         t = int(rng.integers(len(frames)))
         past = frames[None, max(0, t - 31):t + 1]
-        pairs.append(torch.stack([frames[t], tokenizer.decode(tokenizer.encode(past))[0, -1]]))
-    return torch.stack(pairs, 1).cpu()
+        kept = decode_stream(tokenizer, encode_stream(tokenizer, past))[0, -1]
+        pairs.append(torch.stack([to_float(frames[t]), kept.cpu()]))
+    return torch.stack(pairs, 1)
 
 # %% ../nbs/18_evaluation.ipynb #cell-83
 @torch.no_grad()
 def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: int = 0):
     "Truth and dream (2, n, length, c, h, w) of windows of a store, driven by the true actions."
-    rng, c, device = np.random.default_rng(seed), world.dynamics.config, world.dynamics.latent_mean.device
+    rng, c, device = np.random.default_rng(seed), world.dynamics.config, world.device
     fitting = np.flatnonzero(store.lengths >= length)
     if not len(fitting):
         raise UserError(f"no episode of {store.path} has {length} frames; ask for shorter dreams")
     chosen = [store.episode(int(i)) for i in rng.choice(fitting, n, replace=len(fitting) < n)]
-    frames = torch.stack([to_float(torch.as_tensor(e.frames[:length], device=device)) for e in chosen])
+    frames = torch.stack([torch.as_tensor(e.frames[:length]) for e in chosen])
     actions = torch.stack([torch.as_tensor(e.actions[:length], device=device) for e in chosen])
     known = (torch.arange(length, device=device) > 0).expand(n, length)
     agent = torch.zeros(n, c.n_agent, c.transformer.width, device=device) if c.n_agent else None
-    latents = world.rollout(world.tokenizer.encode(frames), actions, prefix, step_generator(seed), agent, known)
-    return torch.stack([frames, world.tokenizer.decode(latents)]).cpu()
+    latents = encode_stream(world.tokenizer, frames).to(device)
+    with autocast(device, inference_dtype(device)):
+        dreamed = world.rollout(latents, actions, prefix, RowGenerators.seeded(seed, range(n)), agent, known)
+    return torch.stack([to_float(frames), decode_stream(world.tokenizer, dreamed).cpu()])
 
 # %% ../nbs/18_evaluation.ipynb #cell-87
 def curves_figure(histories: dict[str, dict[str, list]]):
@@ -278,7 +312,7 @@ def curves_figure(histories: dict[str, dict[str, list]]):
     use_style()
     fig, axes = plt.subplots(1, len(histories), figsize=(3 * len(histories), 3.4), squeeze=False)
     for ax, (phase, history) in zip(axes[0], histories.items()):
-        shown = {k: v for k, v in history.items() if k not in ("step", "lr", "frames_per_s", "gradient", "bootstrap_share")}
+        shown = {k: v for k, v in history.items() if k not in ("step", "lr", "frames_per_s", "gradient", "bootstrap_share", "clamped")}
         for name, values in shown.items():
             ax.plot(history["step"], values, label=f"{name} {values[-1]:.3g}", lw=1)
         ax.set(title=phase, xlabel="step", yscale="log" if all(min(v) > 0 for v in shown.values()) else "linear")
@@ -374,9 +408,12 @@ def report(run_dir) -> Path:
         raise UserError(f"no results to report in {run_dir} ({error}); run `dreamer4 demo --run {run_dir}` first") from None
     captions, pictures, parts = results.get("captions", {}), sorted((run_dir / "figures").glob("*-*.*")), []
     dream, loop = results.get("dream", {}), results.get("closed_loop")
+    means = dream.get("mean", {})
+    if "dream_in_use" in results:
+        means = {"dream": means["dream"], "dream in use": results["dream_in_use"]["mean"]["dream"]} | means
     tables = {"closed_loop": _table(closed_loop_table(loop)) + f"<p class=note>{INTERVALS}</p>" if loop else "",
               "tokenizer": _table(_matrix(results["tokenizer"])) if results.get("tokenizer") else "",
-              "dream": _table(_matrix(dream["mean"])) + "<p class=note>" + ", ".join(
+              "dream": _table(_matrix(means)) + "<p class=note>Dream: of the world after phase 1; in use: after phase 2, where the policy acts. " + ", ".join(
                   f"{k.replace('_', ' ')} {v:.4g}" for k, v in dream.items() if isinstance(v, (int, float))) + "</p>" if "mean" in dream else ""}
     for section, title in SECTIONS.items():
         shown = "".join(f"<figure>{_picture(p)}<figcaption>{html.escape(captions.get(p.stem, ''))}</figcaption></figure>"

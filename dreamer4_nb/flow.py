@@ -32,9 +32,10 @@ def toy_centres(name: str) -> Tensor:
 
 def toy_points(name: str, n: int, generator: torch.Generator) -> Tensor:
     """`n` points `(n, 2)` of a toy mixture: a random centre plus noise of standard deviation `TOY_STD`."""
-    centres = toy_centres(name)
-    pick = torch.randint(len(centres), (n,), generator=generator)
-    return centres[pick] + TOY_STD * torch.randn(n, 2, generator=generator)
+    device = generator.device
+    centres = toy_centres(name).to(device)
+    pick = torch.randint(len(centres), (n,), generator=generator, device=device)
+    return centres[pick] + TOY_STD * torch.randn(n, 2, generator=generator, device=device)
 
 # %% ../nbs/01_flow.ipynb #cell-8
 def expand_as(t, x: Tensor) -> Tensor:

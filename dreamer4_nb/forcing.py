@@ -64,27 +64,35 @@ class Schedule:
         return self.sampling_indices() + [(self.ctx_index, self.ctx_j)]
 
 # %% ../nbs/03_forcing.ipynb #cell-10
-def draw_levels(shape, grid_or_schedule, generator: torch.Generator, bootstrap_share: float = 0.25,
-                p_context: float = 0.0, device=None):
+def draw_levels(shape: tuple[int, int], grid_or_schedule: Grid | Schedule, generator: torch.Generator,
+                bootstrap_share: float = 0.25, p_context: float = 0.0, device=None, mixed: bool = True):
     """Draw a level for every frame of a `(b, t)` batch: `(i, j, n_bootstrap)`, with i, j long `(b, t)`.
 
-    The first ceil(bootstrap_share · b) rows draw d > d_min and τ a multiple of d, the others d = d_min and
-    any τ; below a share of 1, one row at least stays with d_min. `p_context`: chance of a frame, in any row,
-    to be put at the level of a context frame (needs a `Schedule`). At 0 no row shows a d_min frame
-    beside a coarse one, which is what few-step sampling meets; the paper's own draws mix them."""
+    The first n = ceil(bootstrap_share · b) rows have a teacher. Each of their frames draws a d of its own,
+    d ~ 1/U{1, 2, 4, …, k_max}, and τ a multiple of d: frames with a long step stand beside frames at d_min,
+    as few-step sampling shows them (paper, shortcut forcing). All other rows have d = d_min and any τ.
+    Where n rows are more than the share asks for, as in a batch of one row, fewer of their frames get a
+    d above d_min, so that the share of such frames is the same for every batch size.
+    `mixed` False: no d_min in the rows with a teacher, for models whose frames do not see each other.
+    `p_context`: chance of a frame, in any row, to be put at the level of a context frame (needs a `Schedule`)."""
     b, t = shape
     schedule = grid_or_schedule if isinstance(grid_or_schedule, Schedule) else None
     grid = schedule.grid if schedule else grid_or_schedule
     if not 0 <= bootstrap_share <= 1:
         raise UserError(f"bootstrap_share is a share of the batch rows, so in [0, 1]; got {bootstrap_share}")
     if p_context and not schedule:
-        raise UserError("p_context must know tau_ctx; give a Schedule in place of a Grid")
+        raise UserError("p_context must know tau_ctx; give a Schedule instead of a Grid")
     n = math.ceil(bootstrap_share * b)
-    if bootstrap_share < 1: n = min(n, b - 1)
     source = generator.device
     i = torch.randint(grid.k_max, (b, t), generator=generator, device=source)
     j = torch.full_like(i, grid.j_min)
-    if n: i[:n], j[:n] = sample_tau_d(grid, (n, t), generator, coarse=True)
+    if n:
+        i_coarse, j_coarse = sample_tau_d(grid, (n, t), generator, coarse=True)
+        share = bootstrap_share * b / n * ((grid.n_d - 1) / grid.n_d if mixed else 1)
+        if share < 1:
+            coarse = torch.rand((n, t), generator=generator, device=source) < share
+            i_coarse, j_coarse = torch.where(coarse, i_coarse, i[:n]), torch.where(coarse, j_coarse, j[:n])
+        i[:n], j[:n] = i_coarse, j_coarse
     if p_context:
         context = torch.rand((b, t), generator=generator, device=source) < p_context
         i = torch.where(context, schedule.ctx_index, i)
@@ -98,7 +106,8 @@ def _mean_over(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def forcing_loss(f, z1: Tensor, grid_or_schedule, generator: torch.Generator, bootstrap_share: float = 0.25,
-                 p_context: float = 0.0, clip: float | None = None, valid: Tensor | None = None, teacher=None):
+                 p_context: float = 0.0, clip: float | None = None, valid: Tensor | None = None, teacher=None,
+                 mixed: bool = True):
     """The shortcut forcing objective on clean sequences (paper, Eq. 7): `(losses, metrics)`, dicts of scalars.
 
     z1: `(b, t, …)`, about unit scale. f(z̃, i, j, rows) -> x̂ sees whole sequences with one (i, j), long
@@ -106,14 +115,14 @@ def forcing_loss(f, z1: Tensor, grid_or_schedule, generator: torch.Generator, bo
     `losses["flow"]`: mean of w(τ)·‖x̂ − z1‖² over frames with d = d_min (squares averaged over trailing
     dimensions); `losses["bootstrap"]`: that against two half steps, over frames with d > d_min. Added with
     the shares of their frames as weights they are the paper's single mean. A group without frames gives 0.
-    bootstrap_share, p_context: see `draw_levels`. clip: bound of the bootstrap targets (±).
-    valid: bool `(b, t)`, frames that count. teacher: makes the targets in place of `f` (an EMA copy, say).
+    bootstrap_share, p_context, mixed: see `draw_levels`. clip: bound of the bootstrap targets (±).
+    valid: bool `(b, t)`, frames that count. teacher: makes the targets instead of `f` (an EMA copy, say).
     `metrics`: unweighted mean squared errors, and the share of frames with a bootstrap target."""
     if z1.ndim < 3:
         raise UserError(f"forcing_loss expects sequences (b, t, …), got {tuple(z1.shape)}; add a time dimension")
     schedule = grid_or_schedule
     grid = schedule.grid if isinstance(schedule, Schedule) else schedule
-    i, j, n = draw_levels(z1.shape[:2], schedule, generator, bootstrap_share, p_context, z1.device)
+    i, j, n = draw_levels(z1.shape[:2], schedule, generator, bootstrap_share, p_context, z1.device, mixed)
     tau = grid.tau(i)
     z_tilde = interpolate(noise_like(z1, generator), z1, tau)
     coarse, target = j < grid.j_min, z1

@@ -6,6 +6,7 @@
 __all__ = ['Dream', 'WorldModel', 'load_world', 'pick_windows', 'step_metrics', 'rollout_report', 'DreamEnv']
 
 # %% ../nbs/14_generation.ipynb #cell-2
+import sys
 from collections import Counter
 from dataclasses import dataclass
 
@@ -14,14 +15,14 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from .core import UserError, check_shape, to_uint8
-from .flow import interpolate
+from .core import RowGenerators, UserError, autocast, check_shape, inference_dtype, memory_budget, row_chunks, to_uint8
+from .flow import interpolate, noise_like
 from .shortcut import shortcut_step
 from .forcing import Schedule, noise_context
-from .blocks import KVCache
+from .blocks import KVCache, inference_bytes
 from .envs import object_pixels, solved
 from .data import Windows
-from .tokenizer import BALL_SCORE, Tokenizer, ball_metrics, ball_position, image_metrics, load_tokenizer
+from .tokenizer import BALL_SCORE, Tokenizer, ball_metrics, ball_position, decode_stream, image_metrics, load_tokenizer
 from .dynamics import Dynamics, load_dynamics
 
 # %% ../nbs/14_generation.ipynb #cell-6
@@ -29,14 +30,15 @@ from .dynamics import Dynamics, load_dynamics
 class Dream:
     "A batch of running dreams: the dynamics' KV cache, the noise source, the agent tokens and the last h."
     cache: KVCache
-    generator: torch.Generator
+    generator: torch.Generator | RowGenerators
     agent: torch.Tensor | None = None   # (b, n_agent, width)
     h: torch.Tensor | None = None       # (b, n_agent, width) of the last committed frame
 
     def fork(self, rows):
         "A copy of some rows (an index tensor; rows may repeat)."
         pick = lambda x: None if x is None else x[rows]
-        return Dream(self.cache.select(rows), self.generator, pick(self.agent), pick(self.h))
+        generator = self.generator if isinstance(self.generator, torch.Generator) else self.generator.select(rows)
+        return Dream(self.cache.select(rows), generator, pick(self.agent), pick(self.h))
 
 # %% ../nbs/14_generation.ipynb #cell-8
 class WorldModel(nn.Module):
@@ -54,6 +56,15 @@ class WorldModel(nn.Module):
             raise UserError(f"schedule has k_max {self.schedule.k_max}, the dynamics were trained with "
                             f"{dynamics.config.schedule.k_max}; use the same")
 
+    @property
+    def device(self) -> torch.device:
+        "Where the dynamics' weights are."
+        return self.dynamics.latent_mean.device
+
+    def row_bytes(self, frames: int) -> float:
+        "Bytes that one row of a dream takes at most: the dynamics' cache, and what a pass over `frames` frames works with."
+        return inference_bytes(self.dynamics.transformer, frames)
+
     def compile(self, **options) -> None:
         """Compiles the tokenizer, and all forwards of a frame as one program (options: of `torch.compile`). The first frames then take
         their time, once for each shape."""
@@ -61,9 +72,9 @@ class WorldModel(nn.Module):
             part.compile(**options)
         self.draw_frame = torch.compile(self.draw_frame, **options)
 
-    def start(self, batch: int, generator: torch.Generator, agent=None) -> Dream:
+    def start(self, batch: int, generator: torch.Generator | RowGenerators, agent=None) -> Dream:
         "An empty dream for `batch` rows; observe a context next."
-        return Dream(self.dynamics.init_cache(batch, self.dynamics.latent_mean.device), generator, agent)
+        return Dream(self.dynamics.init_cache(batch, self.device), generator, agent)
 
     @torch.no_grad()
     def commit(self, dream: Dream, z, actions, action_known):
@@ -104,16 +115,26 @@ class WorldModel(nn.Module):
         """
         c, b = self.dynamics.config, len(action)
         check_shape("action", action, "b a", a=c.action_dim)
-        z, noise = (torch.randn(b, 1, c.n_tokens, c.d_token, generator=dream.generator, device=dream.generator.device).to(action.device)
-                    for _ in range(2))
+        like = torch.empty(b, 1, c.n_tokens, c.d_token, device=action.device)
+        z, noise = noise_like(like, dream.generator), noise_like(like, dream.generator)
         z, h = self.draw_frame(z, noise, action[:, None], dream.agent, self.dynamics.place(dream.cache, b))
         dream.cache.length += 1
         dream.h = None if h is None else h[:, -1]
         return self.dynamics.denormalise(z)[:, 0]
 
     @torch.no_grad()
-    def rollout(self, latents, actions, prefix: int, generator, agent=None, action_known=None):
-        "Latents (b, t, n, d) whose first `prefix` frames are the given ones and the rest is dreamed under `actions` (b, t, a)."
+    def rollout(self, latents, actions, prefix: int, generator, agent=None, action_known=None, budget: int | None = None):
+        """Latents (b, t, n, d) whose first `prefix` frames are the given ones and the rest is dreamed under `actions` (b, t, a).
+
+        With `RowGenerators` as many rows at a time as `budget` bytes hold (default: `memory_budget`), which changes nothing in
+        the result; with one generator for all rows, all at once."""
+        rows = [range(len(latents))]
+        if isinstance(generator, RowGenerators):
+            rows = row_chunks(len(latents), self.row_bytes(prefix), budget or memory_budget(self.device))
+        if len(rows) > 1:
+            pick = lambda x, chunk: None if x is None else x[chunk.start:chunk.stop]
+            return torch.cat([self.rollout(pick(latents, chunk), pick(actions, chunk), prefix, generator.select(torch.tensor(chunk)),
+                                           pick(agent, chunk), pick(action_known, chunk), sys.maxsize) for chunk in rows])
         dream = self.start(len(latents), generator, agent)
         self.observe(dream, latents[:, :prefix], actions[:, :prefix],
                      None if action_known is None else action_known[:, :prefix])
@@ -160,42 +181,45 @@ def step_metrics(images, latents, true_frames, true_latents, pixels) -> dict[str
 # %% ../nbs/14_generation.ipynb #cell-30
 @torch.no_grad()
 def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: int = 32, windows: int = 64, seed: int = 0,
-                   batch: int = 16) -> dict:
+                   budget: int | None = None) -> dict:
     """How far the dream agrees with what happened: `prefix` real frames, then length - prefix dreamed under the true actions.
 
     `store`: held-out EpisodeStore with frames; `latents`: LatentStore of the same episodes. Returns per step and as means over the
     dreamed steps the `step_metrics` of dream, reconstruction (the ceiling), copy_last and mean_frame (the floors), and
     action_shuffle_ratio: the latent error of the dream under another window's actions over that under the true ones
-    (same noise; 1 = the actions do nothing). UserError when the stores differ or are too short.
+    (same noise; 1 = the actions do nothing). Dreams and decoding take `budget` bytes at a time (default: `memory_budget`), which
+    changes nothing in the figures. UserError when the stores differ or are too short.
     """
     if list(store.lengths) != list(latents.lengths):
         raise UserError(f"{store.path} and {latents.path} hold episodes of other lengths; encode this store, or split both alike")
     if not 0 < prefix < length:
         raise UserError(f"prefix={prefix}, length={length}; at least one frame of context and one to dream are needed")
-    device, dynamics, new = world.dynamics.latent_mean.device, world.dynamics, slice(prefix, length)
+    device, dynamics, new = world.device, world.dynamics, slice(prefix, length)
     numbers = pick_windows(latents, prefix, length, windows, seed)
     data = Windows(latents, length, 1).at(numbers).to(device)
     frames, pixels = Windows(store, length, 1, memory=0).at(numbers).frames, None
     task = store.tasks[int(data.task[0])]
     if task.startswith("ball_in_cup") and data.states is not None:
-        pixels = torch.as_tensor(object_pixels(task, data.states.flatten(0, 1).cpu().numpy()), dtype=torch.float32)
+        states = data.states.flatten(0, 1).cpu().numpy()
+        pixels = torch.as_tensor(object_pixels(task, states, world.tokenizer.config.image), dtype=torch.float32)
         pixels = pixels.unflatten(0, (-1, length))[:, new]
 
     def dream(actions):
-        generator = torch.Generator().manual_seed(seed)
+        generator = RowGenerators.seeded(seed, range(len(actions)))
         agent = torch.zeros(len(actions), dynamics.config.n_agent, dynamics.config.transformer.width, device=device)
-        return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known)
+        with autocast(device, inference_dtype(device)):
+            return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
 
-    decode = lambda x: torch.cat([world.tokenizer.decode(part)[:, new].cpu() for part in x.split(batch)])
+    decode = lambda x: decode_stream(world.tokenizer, x, budget)[:, new]
     z, truth = lambda x: dynamics.normalise(x)[:, new], frames[:, new]
     others = torch.cat([data.actions[:, :prefix], data.actions[:, new].roll(1, 0)], 1)
     dreamed, shuffled = dream(data.actions), dream(others)
     last = data.latents[:, prefix - 1:prefix].expand(-1, length, -1, -1)
     mean = world.tokenizer.mean_frame.cpu()[world.tokenizer.scene(truth.to(device)).cpu()]
-    kinds = {"dream": (decode(dreamed), z(dreamed)), "reconstruction": (decode(data.latents), z(data.latents)),
-             "copy_last": (frames[:, prefix - 1:prefix].expand_as(truth), z(last)),
-             "mean_frame": (mean, torch.zeros_like(z(last)))}
-    per_step = {name: step_metrics(images, x, truth, z(data.latents), pixels) for name, (images, x) in kinds.items()}
+    kinds = {"dream": (lambda: decode(dreamed), z(dreamed)), "reconstruction": (lambda: decode(data.latents), z(data.latents)),
+             "copy_last": (lambda: frames[:, prefix - 1:prefix].expand_as(truth), z(last)),
+             "mean_frame": (lambda: mean, torch.zeros_like(z(last)))}      # one at a time: pictures are large
+    per_step = {name: step_metrics(images(), x, truth, z(data.latents), pixels) for name, (images, x) in kinds.items()}
     error, shuffled_error = ((z(x) - z(data.latents)).square().mean().item() for x in (dreamed, shuffled))
     return {"prefix": prefix, "length": length, "windows": len(numbers), "seed": seed, "steps": world.schedule.steps,
             "per_step": per_step, "mean": {name: {k: float(np.nanmean(v)) for k, v in rows.items()} for name, rows in per_step.items()},
@@ -208,20 +232,23 @@ class DreamEnv(gymnasium.Env):
     `reset` shows the model `prefix` real frames of a random window of the LatentStore `contexts` (or of
     `options={"episode": i, "start": t}`) and returns the last of them, decoded; every `step` dreams one more.
     `reward(h)` gives the reward (1,) from h (1, n_agent, width), which needs `agent`, the agent tokens
-    (1, n_agent, width); without it rewards are 0. Episodes are truncated after `length` steps.
+    (1, n_agent, width); without it rewards are 0. `continues(h)` gives the chance (1,) that the episode goes on: below a half it
+    is terminated. Episodes are truncated after `length` steps. Actions have as many dimensions as the tasks of `contexts`;
+    where the world's are wider, the rest are zero, as in its data.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
 
-    def __init__(self, world: WorldModel, contexts, prefix: int = 8, length: int = 100, reward=None, agent=None, render_mode="rgb_array"):
-        if reward is not None and (agent is None or not world.dynamics.config.n_agent):
-            raise UserError("a reward is read from agent tokens; give the world of phase 2 and agent=(1, n_agent, width)")
+    def __init__(self, world: WorldModel, contexts, prefix: int = 8, length: int = 100, reward=None, agent=None, render_mode="rgb_array",
+                 continues=None):
+        if (reward or continues) and (agent is None or not world.dynamics.config.n_agent):
+            raise UserError("rewards and ends are read from agent tokens; give the world of phase 2 and agent=(1, n_agent, width)")
         if agent is None and (n := world.dynamics.config.n_agent):
-            agent = torch.zeros(1, n, world.dynamics.config.transformer.width)
+            agent = torch.zeros(1, n, world.dynamics.config.transformer.width, device=world.device)
         image = world.tokenizer.config.image
         self.world, self.windows, self.prefix, self.length = world, Windows(contexts, prefix, 1), prefix, length
-        self.reward, self.agent, self.render_mode, self.frame = reward, agent, render_mode, None
+        self.reward, self.continues, self.agent, self.render_mode, self.frame = reward, continues, agent, render_mode, None
         self.observation_space = gymnasium.spaces.Box(0, 255, (image, image, 3), np.uint8)
-        self.action_space = gymnasium.spaces.Box(-1, 1, (world.dynamics.config.action_dim,), np.float32)
+        self.action_space = gymnasium.spaces.Box(-1, 1, (max(contexts.action_dims.values()),), np.float32)
 
     @torch.no_grad()
     def _show(self, latents):
@@ -238,7 +265,7 @@ class DreamEnv(gymnasium.Env):
                 raise UserError(f"no context of {self.prefix} frames at {options}; there are {windows.owner.max() + 1} episodes")
             number = int(found[0])
         generator = torch.Generator().manual_seed(int(self.np_random.integers(2 ** 62)))
-        context = windows.at(number).to(self.world.dynamics.latent_mean.device)
+        context = windows.at(number).to(self.world.device)
         self.dream, self.cache, self.t = self.world.start(1, generator, self.agent), self.world.tokenizer.init_cache(1)[1], 0
         self.world.observe(self.dream, context.latents, context.actions, context.action_known)
         return self._show(context.latents), {"episode": int(windows.owner[number]), "start": int(windows.offset[number])}
@@ -249,11 +276,13 @@ class DreamEnv(gymnasium.Env):
         action = np.asarray(action, np.float32)
         if action.shape != self.action_space.shape or not (np.abs(action) <= 1 + 1e-3).all():
             raise UserError(f"action {action}; expected {self.action_space.shape[0]} numbers in [-1, 1]: rescale or clip it")
-        action = torch.from_numpy(action.clip(-1, 1))[None].to(self.world.dynamics.latent_mean.device)
-        frame = self._show(self.world.imagine(self.dream, action)[:, None])
+        padded = np.zeros((1, self.world.dynamics.config.action_dim), np.float32)
+        padded[0, :len(action)] = action.clip(-1, 1)
+        frame = self._show(self.world.imagine(self.dream, torch.from_numpy(padded).to(self.world.device))[:, None])
         self.t += 1
         reward = 0.0 if self.reward is None else float(self.reward(self.dream.h))
-        return frame, reward, False, self.t >= self.length, {}
+        ended = self.continues is not None and float(self.continues(self.dream.h)) < 0.5
+        return frame, reward, ended, self.t >= self.length, {}
 
     def render(self):
         "The last frame, (h, w, 3) uint8."

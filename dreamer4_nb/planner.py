@@ -123,8 +123,9 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
     Noise is first-order autoregressive (0.6). Half of the episodes that are not random begin with 4 to 29 random decisions.
     Episode i starts from the task's own reset with seed `seed + i`, whatever the quality. It ends after `decisions`, or, where a task can be
     settled, once it has given reward for `hold` decisions on end and `shortest` are done.
-    Each dict: states (T, S) float32, actions and intended (T, A) float32, rewards (T,) float32, quality.
-    Row t holds the action that led to state t, and the one the planner would have taken in its place; row 0 is the reset.
+    Each dict: states (T, S) float32, actions and intended (T, A) float32, rewards and continues (T,) float32, quality, seed.
+    Row t holds the action that led to state t, and the one the planner would have taken instead; row 0 is the reset.
+    continues: dm_control's discount, 0 in the last row where the task itself ended the episode, 1 where time ran out.
     """
     if quality != "mixed" and quality not in QUALITIES:
         raise UserError(f"unknown quality '{quality}'; expected mixed or one of {', '.join(QUALITIES)}")
@@ -140,7 +141,7 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
     for env in envs:
         env.reset()
     none = np.zeros(info.action_dim, np.float32)
-    rows = [[(env.state(), none, none, 0.0)] for env in envs]
+    rows = [[(env.state(), none, none, 0.0, 1.0)] for env in envs]
     noise, running, held = np.zeros((episodes, info.action_dim)), np.arange(episodes), np.zeros(episodes, int)
     planner.reset(episodes)
     for t in range(decisions):
@@ -151,25 +152,30 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
         actions = np.where((t < burst)[running, None], wild[running], intended + noise[running])
         actions = actions.clip(-1, 1).astype(np.float16).astype(np.float32)      # what is stored is what was executed
         for i, action, wish in zip(running, actions, intended.astype(np.float32)):
-            _, reward, _, last = envs[i].step(action)
-            rows[i].append((envs[i].state(), action, wish, reward))
+            _, reward, goes_on, last = envs[i].step(action)
+            rows[i].append((envs[i].state(), action, wish, reward, goes_on))
             held[i] = held[i] + 1 if info.settled and reward > 0 else 0
             envs[i].over = last or (held[i] >= hold and t + 1 >= shortest)
         running = np.array([i for i in running if not envs[i].over], int)
         if not len(running):
             break
-    names = "states", "actions", "intended", "rewards"
-    return [dict(zip(names, (np.array(column, np.float32) for column in zip(*row))), quality=str(q)) for row, q in zip(rows, qualities)]
+    names = "states", "actions", "intended", "rewards", "continues"
+    columns = [{name: np.array(column, np.float32) for name, column in zip(names, zip(*row))} for row in rows]
+    return [{**columns[i], "quality": str(qualities[i]), "seed": seed + i} for i in range(episodes)]
 
 # %% ../nbs/07_planner.ipynb #cell-34
-def save_demonstrations(path, task: str, episodes: list[dict], seeds, image: int = 64) -> None:
+def save_demonstrations(path, task: str, episodes: list[dict], seeds=None, image: int = 64) -> None:
     """Write what `collect_episodes` gave as one compressed file of states and actions; pixels are rendered from it on first use.
 
-    seeds: of each episode's reset (n,), for whoever wants to play it again. Actions, intended or executed, and rewards are kept in float16.
+    seeds: of each episode's reset (n,), for whoever wants to play it again; None: those that the episodes hold.
+    Actions, intended or executed, rewards and continues are kept in float16.
     """
-    joined = {name: np.concatenate([episode[name] for episode in episodes]) for name in ("states", "actions", "intended", "rewards")}
-    halves = {name: joined[name].astype(np.float16) for name in ("actions", "intended", "rewards")}
+    names = "states", "actions", "intended", "rewards", "continues"
+    columns = {name: np.concatenate([episode[name] for episode in episodes]).astype(np.float16 if name != "states" else np.float32)
+               for name in names}
+    if seeds is None:
+        seeds = [episode["seed"] for episode in episodes]
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez_compressed(file, states=joined["states"].astype(np.float32), **halves, task=np.array(task), seeds=np.asarray(seeds),
+        np.savez_compressed(file, **columns, task=np.array(task), seeds=np.asarray(seeds, np.int64), image=np.array(image),
                             lengths=np.array([len(episode["rewards"]) for episode in episodes], np.int32),
-                            quality=np.array([episode["quality"] for episode in episodes], "<U8"), image=np.array(image))
+                            quality=np.array([episode["quality"] for episode in episodes], "<U8"))

@@ -103,10 +103,13 @@ def dictated(model, **values):
 def linked(preset: Preset) -> Preset:
     "The preset with what one part dictates to another filled in: sizes of latents and actions, widths, task, training seeds."
     tokens, dynamics = dictated(preset.tokenizer.model, scenes=len(preset.tasks)), preset.dynamics.model
-    action_dim = max(task_info(task).action_dim for task in preset.tasks)      # what a task lacks is zero
+    widths = tuple(task_info(task).action_dim for task in preset.tasks)
+    action_dim = max(widths)
+    action_dims = widths if len(set(widths)) > 1 else ()        # where they differ: what a task lacks is dead
     models = {"tokenizer": tokens, "imagination": preset.imagination.model,
               "dynamics": dictated(dynamics, n_latents=tokens.n_latents, d_latent=tokens.d_latent, action_dim=action_dim, n_agent=0),
-              "agent": dictated(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim, tasks=preset.tasks)}
+              "agent": dictated(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim, tasks=preset.tasks,
+                                action_dims=action_dims)}
     phases = {name: getattr(preset, name) for name in models}
     return replace(preset, **{name: replace(phase, model=models[name], train=replace(phase.train, seed=phase.train.seed + preset.seed))
                               for name, phase in phases.items()})

@@ -12,7 +12,7 @@ from dataclasses import fields, is_dataclass, replace
 from datetime import date
 from pathlib import Path
 
-from .core import UserError, say, step_generator, write_json
+from .core import RowGenerators, UserError, autocast, inference_dtype, memory_budget, row_chunks, say, write_json
 from .data import Windows
 from .imagination import imagine
 from .presets import Preset
@@ -55,9 +55,14 @@ def seeded(preset: Preset, **seeds: int) -> Preset:
 def dreamed_return(run: Run, heads, dreams: int = 256, horizon: int = 30) -> float:
     "Mean sum of the rewards that the run's world predicts for `heads`' policy, over `horizon` decisions after held-out contexts of the run's task."
     config = replace(run.preset.imagination.model, horizon=horizon)
-    batch = Windows(run.latents[1], config.context, dreams, seed=0, focus=1.0)(0)
-    device = run.world.dynamics.latent_mean.device
-    return imagine(run.world, heads, heads.policy, batch.to(device), config, step_generator(0))["rewards"].sum(1).mean().item()
+    world, batch = run.world, Windows(run.latents[1], config.context, dreams, seed=0, focus=1.0)(0)
+    total = 0.0
+    for rows in row_chunks(dreams, world.row_bytes(config.context), memory_budget(world.device)):
+        part = batch[rows.start:rows.stop].to(world.device)
+        with autocast(world.device, inference_dtype(world.device)):
+            dreamed = imagine(world, heads, heads.policy, part, config, RowGenerators.seeded(0, rows))
+        total += dreamed["rewards"].sum().item()
+    return total / dreams
 
 
 def study(run: Run, agents: int = 3, policies: int = 2, episodes: int = 200, decisions: int = 500, readouts=("sample", "mean", "mode"),

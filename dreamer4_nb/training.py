@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'learning_rate', 'Together', 'make_optimiser', 'update_average', 'move_weights', 'LossScale',
-           'pick_trainable', 'training_only', 'read_ahead', 'count_frames', 'add_gradients', 'describe_run', 'resume',
-           'RunLog', 'summarise', 'catch_stop', 'say_stopped', 'prepare', 'final_weights', 'fit']
+           'pick_trainable', 'training_only', 'pinned', 'read_ahead', 'count_frames', 'add_gradients', 'describe_run',
+           'resume', 'RunLog', 'summarise', 'catch_stop', 'say_stopped', 'prepare', 'final_weights', 'fit']
 
 # %% ../nbs/11_training.ipynb #cell-2
 import contextlib, copy, json, math, signal, threading, time
@@ -180,6 +180,14 @@ def training_only(parts: nn.ModuleDict, parameters: dict[str, nn.Parameter]) -> 
             p.requires_grad_(value)
 
 # %% ../nbs/11_training.ipynb #cell-37
+def pinned(batches: Callable[[int], Any]) -> Callable[[int], Any]:
+    "`batches`, with every batch in pinned memory, from which a GPU copies while it computes."
+    def read(number: int) -> Any:
+        batch = batches(number)
+        return batch.map(Tensor.pin_memory) if hasattr(batch, "map") else batch.pin_memory()
+    return read
+
+
 def read_ahead(batches: Callable[[int], Any], numbers: Iterator[int]) -> Iterator[Any]:
     "The batches of the given numbers, in order; the next is read in a thread while the present one is used."
     with ThreadPoolExecutor(1) as thread:
@@ -205,7 +213,7 @@ def add_gradients(step_module: nn.Module, batches: Iterator[tuple[int, Any]], sc
         number, batch = next(batches)
         with exchanging(step_module, now=part == config.accumulate - 1):
             with autocast(device, dtype):
-                losses, metrics = step_module(batch.to(device), step_generator(config.seed, number, device=device))
+                losses, metrics = step_module(batch.to(device, non_blocking=True), step_generator(config.seed, number, device=device))
             divisors = {key: scale.divisor(key, loss) if config.normalise else 1.0 for key, loss in losses.items()}
             total = sum(weights.get(key, 1.0) * loss / divisors[key] for key, loss in losses.items())
             (total / config.accumulate).backward()
@@ -317,6 +325,8 @@ def say_stopped(name: str, step: int, config: TrainConfig, kept: Checkpoints | N
 def prepare(modules: dict[str, nn.Module], loss_fn: Callable, config: TrainConfig, mesh: DeviceMesh | None, device: torch.device,
             dtype: torch.dtype) -> LossModule:
     "All modules as one, on the device; with a `mesh`, a copy of them spread over its ranks."
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")      # what autocast leaves in float32 is multiplied in TF32
     loss_module = LossModule(modules if mesh is None else copy.deepcopy(modules), loss_fn)
     for part in [part for part in loss_module.parts.modules() if isinstance(part, BlockCausalTransformer)]:
         part.recompute = config.recompute
@@ -368,7 +378,7 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ca
     about = describe_run(config, model_config, world)
     start = resume(kept, about, parts, parameters, optimiser, average, scale, device)
     numbers = [n * world + rank for n in range(start * config.accumulate, config.steps * config.accumulate)]
-    stream = zip(numbers, read_ahead(batches, numbers) if device.type == "cuda" else map(batches, numbers))
+    stream = zip(numbers, read_ahead(pinned(batches), numbers) if device.type == "cuda" else map(batches, numbers))
     log = RunLog(name, run_dir if rank == 0 else None, start)
     bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", delay=2, disable=rank != 0 or not progress)
     measured, frames, since = [], 0, time.perf_counter()

@@ -2,16 +2,18 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from dreamer4_nb.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy, agent_loss, ahead, load_agent, masked_mean,
-                               symexp, symlog, train_agent, two_hot)
+                               only_live, symexp, symlog, train_agent, two_hot)
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
-from dreamer4_nb.data import Batch
+from dreamer4_nb.data import Batch, LatentStore, Windows
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.generation import WorldModel
+from dreamer4_nb.stores import Episode, EpisodeStore, building
 from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training import TrainConfig
 
@@ -178,6 +180,122 @@ def test_heads_start_uniform_and_learn_the_mean():
     assert abs(heads.value(h[:1]).item() - 10) < 0.5
 
 
+@pytest.mark.parametrize("family, n", [(Categorical, 21), (Gaussian, 2), (Bernoulli, 1)])
+def test_an_action_dimension_that_a_task_lacks_is_dead(family, n):
+    g = torch.Generator().manual_seed(0)
+    numbers, other = torch.randn(5, 3, n, generator=g), torch.randn(5, 3, n, generator=g)
+    live = torch.tensor([True, True, False]).expand(5, 3)
+    numbers.requires_grad_()
+    choice, narrow = family(numbers, live), family(numbers[:, :2])
+    action = only_live(narrow_to_three(narrow.sample(torch.Generator().manual_seed(1))), live)
+    for wide, thin in ((choice.log_prob(action), narrow.log_prob(action[:, :2])),
+                       (choice.kl(family(other, live)), narrow.kl(family(other[:, :2])))):
+        torch.testing.assert_close(wide, thin, atol=1e-5, rtol=1e-5)
+        assert torch.autograd.grad(wide.sum(), numbers, retain_graph=True)[0][:, 2].abs().max() == 0
+    for found in (choice.sample(torch.Generator().manual_seed(1)), choice.mean(), choice.mode()):
+        assert found.shape == (5, 3) and found[:, 2].abs().max() == 0 < found[:, :2].abs().max()
+
+
+def narrow_to_three(action):
+    return torch.cat([action, torch.full((len(action), 1), 0.5)], 1)
+
+
+def test_dead_dimensions_are_in_no_loss_and_in_no_action():
+    torch.manual_seed(0)
+    config = replace(AGENT, action_dims=(2, 1))
+    modules = make_modules()
+    modules["heads"] = AgentHeads(config)
+    torch.nn.init.normal_(modules["heads"].policy.net[-1].weight, std=0.3)
+    batch = make_batch(relevant=B)                              # tasks 0, 1, 0, 1, ...
+    base = losses_of(modules, batch)["cloning"]
+    batch.intended[1::2, :, 1] *= -1
+    assert losses_of(modules, batch)["cloning"] == base
+    batch.intended[0::2, :, 1] *= -1
+    assert losses_of(modules, batch)["cloning"] != base
+    policy = Policy(make_policy().world, modules["heads"], task=1)
+    policy.reset(3)
+    assert policy.act(torch.zeros(3, 16, 16, 3, dtype=torch.uint8)).shape == (3, 1)
+    assert policy.action[:, 1].abs().max() == 0
+    for wrong in ((2,), (2, 3), (2, 0)):
+        with pytest.raises(UserError, match="action_dims"):
+            replace(AGENT, action_dims=wrong)
+
+
+def test_frames_that_do_not_count_are_in_no_agent_loss():
+    modules, batch = make_modules(), make_batch()
+    batch.valid = torch.arange(T) < torch.tensor([7, 4, 5, 7, 3, 6])[:, None]
+    base = losses_of(modules, batch)
+    for name, value in (("intended", 0.9), ("rewards", 5.0), ("continues", 0.0)):
+        x = getattr(batch, name)
+        x[~batch.valid] = value
+    found = losses_of(modules, batch)
+    for name in ("cloning", "reward", "continue"):
+        assert found[name] == base[name], name
+    batch.valid = None
+    assert all(losses_of(modules, batch)[name] != base[name] for name in ("cloning", "reward", "continue"))
+
+
+@pytest.fixture(scope="module")
+def rich_latents(tmp_path_factory):
+    "Twelve episodes of latents in which a step may bring 3,000, more than the default bins reach."
+    folder, rng = tmp_path_factory.mktemp("rich"), np.random.default_rng(0)
+    with building(folder / "latents.zarr") as beside:
+        store = EpisodeStore.create(beside, "one", 2, (4, 6), 0, "latents", "float16")
+        for k in range(12):
+            actions = rng.uniform(-1, 1, (9, 2)).astype(np.float32)
+            actions[0] = 0
+            rewards = np.zeros(9, np.float32)
+            rewards[-1] = 3000
+            store.append(Episode(actions=actions, rewards=rewards, latents=rng.uniform(-1, 1, (9, 4, 6)), task="one", quality="expert"))
+        store.arrays.group.attrs.update({"mean": np.zeros((4, 6)).tolist(), "std": np.ones((4, 6)).tolist()})
+        store.finish()
+    return LatentStore.open(folder / "latents.zarr")
+
+
+@pytest.fixture(scope="module")
+def ending_latents(tmp_path_factory):
+    "Twelve episodes that truly end with their last frame, whose latents are all high; and twelve that are cut off before."
+    folder, rng = tmp_path_factory.mktemp("ending"), np.random.default_rng(0)
+    with building(folder / "latents.zarr") as beside:
+        store = EpisodeStore.create(beside, "one", 2, (4, 6), 0, "latents", "float16")
+        for k in range(24):
+            actions = rng.uniform(-1, 1, (9, 2)).astype(np.float32)
+            actions[0] = 0
+            latents, continues = rng.uniform(-0.9, 0.3, (9, 4, 6)), np.ones(9, np.float32)
+            if k % 2:
+                latents[-1], continues[-1] = 0.9, 0
+            store.append(Episode(actions=actions, rewards=np.zeros(9), latents=latents, continues=continues, task="one", quality="expert"))
+        store.arrays.group.attrs.update({"mean": np.full((4, 6), -0.25).tolist(), "std": np.full((4, 6), 0.4).tolist()})
+        store.finish()
+    return LatentStore.open(folder / "latents.zarr")
+
+
+def test_the_continue_head_learns_real_ends_and_not_truncations(ending_latents):
+    train = TrainConfig(steps=60, lr=3e-3, warmup=5, log_every=20, dtype="float32", device="cpu")
+    config = replace(AGENT, tasks=("one",))
+    dynamics, heads = train_agent(ending_latents, Dynamics(replace(WORLD, n_agent=0)), config, train, None, batch=16, length=12)
+    batch = Windows(ending_latents, 9, 24).at(np.arange(24))
+    s, shape = dynamics.config.schedule, batch.actions.shape[:2]
+    index = torch.full(shape, s.ctx_index), torch.full(shape, s.ctx_j)
+    with torch.no_grad():
+        _, h = dynamics(dynamics.normalise(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
+        chance = heads.goes_on(h)
+    ends = batch.continues == 0
+    assert ends.sum() == 12 and ends[1::2, -1].all()
+    assert chance[ends].max() < 0.5 < chance[~ends].min()
+
+
+def test_the_reward_head_reaches_the_largest_reward_of_the_data(rich_latents, tmp_path):
+    one_step = TrainConfig(steps=2, warmup=1, log_every=1, save_every=1, dtype="float32", device="cpu")
+    config = replace(AGENT, tasks=("one",))
+    narrow = AgentHeads(config)
+    assert narrow.reward.clamped(torch.tensor([1.0, 3000.0])) == 0.5
+    _, heads = train_agent(rich_latents, Dynamics(replace(WORLD, n_agent=0)), config, one_step, tmp_path, batch=4, length=6)
+    assert heads.reward.bins[-1] >= 3000 * (1 - 1e-5) and heads.reward.clamped(torch.tensor([1.0, 3000.0])) == 0
+    _, loaded = load_agent(tmp_path / "agent.safetensors")
+    assert torch.equal(loaded.reward.bins, heads.reward.bins) and loaded.config == heads.config
+
+
 @pytest.mark.parametrize("family, shape", [(Categorical, (2, 21)), (Gaussian, (2, 2)), (Bernoulli, (2, 1))])
 def test_kl_is_that_of_samples(family, shape):
     g = torch.Generator().manual_seed(0)
@@ -222,6 +340,23 @@ def test_the_streaming_policy_repeats_itself_and_looks_back_only(readout):
     other = run(changed)
     assert first.shape == (5, 3, 2) and first.abs().max() <= 1 and torch.equal(first, again)
     assert torch.equal(first[:3], other[:3]) and (readout != "mean" or not torch.equal(first[3:], other[3:]))
+
+
+@pytest.mark.parametrize("family", ["categorical", "gaussian", "bernoulli"])
+def test_an_environment_acts_the_same_whatever_runs_beside_it(family):
+    policy = make_policy()
+    torch.manual_seed(0)
+    policy.heads = AgentHeads(replace(AGENT, policy=family))
+    torch.nn.init.normal_(policy.heads.policy.net[-1].weight, std=0.3)
+    video = torch.randint(0, 256, (5, 4, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8).numpy()
+
+    def run(rows):
+        policy.reset(len(rows), rows.start)
+        return np.stack([policy.act(x[rows.start:rows.stop]) for x in video], 1)
+
+    together, apart = run(range(4)), np.concatenate([run(range(3)), run(range(3, 4))])
+    np.testing.assert_allclose(apart, together, atol=1e-5)
+    assert policy.rows(budget=1) == 1 < policy.rows(budget=10**9)
 
 
 def test_wrong_input_is_named(tmp_path):

@@ -133,8 +133,8 @@ def test_demo_again_trains_nothing(finished, data):
 def test_evaluate(finished, capsys):
     assert main(["evaluate", "--run", str(finished), "--episodes", "3", "--decisions", "6", "--readouts", "mode", "--demonstrator", "0"]) == 0
     assert "PMPO, mode" in capsys.readouterr().out
-    kept = json.loads((finished / "episodes" / "20000-3x6" / "PMPO-mode.json").read_text())
-    assert [row["seed"] for row in kept["episodes"]] == [20000, 20001, 20002]
+    kept = json.loads((finished / "episodes" / "50000-3x6" / "PMPO-mode.json").read_text())
+    assert [row["seed"] for row in kept["episodes"]] == [50000, 50001, 50002]
 
 
 def test_other_settings_are_refused(finished, data, capsys):

@@ -136,14 +136,14 @@ def test_the_teacher_gives_no_gradient():
     losses, metrics = dynamics_loss({"dynamics": model}, make_batch(SMALL), torch.Generator().manual_seed(0))
     assert [call["rows"] for call in calls] == [4, 4, 8]        # two half steps on the bootstrap rows, then the student
     assert [call["graph"] for call in calls] == [False, False, True]
-    assert metrics["bootstrap_share"] == 0.5 and losses["dynamics"].requires_grad
+    assert 0.2 < metrics["bootstrap_share"] < 0.5 and losses["dynamics"].requires_grad    # half of the rows, less their frames at d_min
 
 
 def test_the_loss_is_one_mean_over_all_frames():
     model = make_model(bootstrap_share=0.25)
     losses, metrics = dynamics_loss({"dynamics": model}, make_batch(SMALL), torch.Generator().manual_seed(0))
     only_data, _ = dynamics_loss({"dynamics": make_model(bootstrap_share=0.0)}, make_batch(SMALL), torch.Generator().manual_seed(0))
-    assert losses.keys() == {"dynamics"} and metrics["bootstrap_share"] == 0.25
+    assert losses.keys() == {"dynamics"} and 0.1 < metrics["bootstrap_share"] <= 0.25
     assert 0 < losses["dynamics"] < only_data["dynamics"]
 
 

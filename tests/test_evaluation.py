@@ -1,4 +1,5 @@
 "Statistics, records, the closed loop and the report: what each must get right, with values worked out by other means."
+import inspect
 import json
 import math
 
@@ -7,9 +8,13 @@ import pytest
 from scipy import stats
 
 import dreamer4_nb.evaluation as evaluation
-from dreamer4_nb.core import UserError
+from dreamer4_nb.cli import Evaluate
+from dreamer4_nb.core import UserError, asset
+from dreamer4_nb.data import load_demonstrations
 from dreamer4_nb.envs import TASKS, TaskInfo
-from dreamer4_nb.evaluation import (Records, bootstrap, closed_loop_rows, closed_loop_table, compare, evaluate_policy, interval, report,
+from dreamer4_nb.presets import TINY
+from dreamer4_nb.study import study
+from dreamer4_nb.evaluation import (Records, bootstrap, check_fresh, closed_loop_rows, closed_loop_table, compare, evaluate_policy, interval, report,
                                     runs_interval, text_table)
 
 
@@ -148,6 +153,37 @@ def test_what_a_policy_sees(corridor):
     policy = Peeks()
     evaluate_policy(policy, "corridor", [3, 4], decisions=2)
     assert policy.seen[1].tolist() == [[0.25, 3], [0.25, 4]]
+
+
+def test_episodes_in_chunks_are_the_same_episodes(corridor):
+    class Few:
+        "Acts by the number of the row, and can hold three at a time."
+        def __init__(self, fitting): self.fitting, self.begun = fitting, []
+        def rows(self): return self.fitting
+        def reset(self, n, first=0):
+            self.numbers = np.arange(first, first + n)
+            self.begun.append((n, first))
+        def act(self, frames): return 0.2 + self.numbers[:, None] / 10
+    few, all_at_once = Few(3), Few(100)
+    seeds = [5, 1, 2, 0, 7, 3, 4]
+    a, b = (evaluate_policy(policy, "corridor", seeds, decisions=9, keep=4) for policy in (few, all_at_once))
+    assert few.begun == [(2, 0), (2, 2), (3, 4)] and all_at_once.begun == [(7, 0)]
+    assert a.seed.tolist() == seeds and np.array_equal(a.returns, b.returns) and np.array_equal(a.first, b.first)
+    assert np.array_equal(a.actions, b.actions) and np.array_equal(a.frames, b.frames) and a.frames.shape[0] == 4
+
+
+def test_seeds_of_the_data_are_not_fresh():
+    "Shipped demonstrations begin at seeds 0 to 399 and 20,000 to 21,399."
+    store = load_demonstrations(episodes=12)
+    known = store.seeds.tolist()
+    assert len(set(known)) == 12 and min(known) >= 0
+    check_fresh("ball_in_cup-catch", range(10_000, 10_100), store)
+    with pytest.raises(UserError, match=f"1 of 3 seeds.*--first-seed {max(known) + 1}"):
+        check_fresh("ball_in_cup-catch", [10_000, known[4], 10_001], store)
+    check_fresh("cartpole-swingup", known, store)                # other tasks begin elsewhere
+    shipped = np.load(asset("demos_ball_in_cup-catch.npz"))["seeds"]
+    for first in (Evaluate().first_seed, TINY.evaluation.first_seed, inspect.signature(study).parameters["first_seed"].default):
+        assert not set(range(first, first + 1000)) & set(shipped.tolist())
 
 
 def test_a_dense_reward_counts_from_half_of_the_most():

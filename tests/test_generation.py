@@ -8,7 +8,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.core import UserError
+from dreamer4_nb.core import RowGenerators, UserError
 from dreamer4_nb.stores import Episode, EpisodeStore
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.forcing import Schedule, sample_sequence
@@ -155,6 +155,28 @@ def test_a_fork_goes_its_own_way():
     assert world.imagine(fork, actions[:2, PREFIX]).shape == (2, 4, 6)
 
 
+def test_dreams_in_chunks_are_the_same_dreams():
+    world = make_world(n_agent=1)
+    latents, actions = make_context(b=7)
+    agent, known = torch.randn(7, 1, 32, generator=noise(5)), torch.ones(7, LENGTH, dtype=torch.bool)
+    dream = lambda budget: world.rollout(latents, actions, PREFIX, RowGenerators.seeded(0, range(7)), agent, known, budget)
+    whole = dream(None)
+    for rows in (1, 3):
+        torch.testing.assert_close(dream(rows * world.row_bytes(PREFIX)), whole, atol=1e-5, rtol=1e-5)
+    assert whole[:, PREFIX:].std() > 0.1
+    assert len({tuple(row.flatten().tolist()) for row in whole[:, PREFIX:]}) == 7
+
+
+def test_a_fork_of_rows_with_their_own_noise():
+    world = make_world()
+    latents, actions = make_context()
+    dream = world.start(B, RowGenerators.seeded(0, range(B)))
+    world.observe(dream, latents[:, :PREFIX], actions[:, :PREFIX])
+    fork = dream.fork(torch.tensor([1, 1]))
+    a, b = world.imagine(fork, actions[[1, 1], PREFIX])
+    assert (a - b).abs().max() > 1e-3                            # the same past, two futures
+
+
 @pytest.fixture(scope="module")
 def stores(tmp_path_factory):
     "Four episodes of a moving square, and their latents."
@@ -184,6 +206,8 @@ def test_the_report_has_floors_and_ceiling(stores):
     assert abs(mean["mean_frame"]["latent_error"] - 1) < 0.5     # z is standardised
     assert report["action_shuffle_ratio"] > 0 and report["action_shuffle_ratio"] != 1
     assert rollout_report(world, *stores, prefix=PREFIX, length=12, windows=6, seed=0) == report
+    in_chunks = rollout_report(world, *stores, prefix=PREFIX, length=12, windows=6, seed=0, budget=1)
+    assert in_chunks["mean"]["dream"] == pytest.approx(mean["dream"], rel=1e-4)
     with pytest.raises(UserError, match="lengths"):
         rollout_report(world, stores[0].subset([0, 1]), stores[1], windows=2)
 
@@ -217,6 +241,42 @@ def test_the_dream_is_a_gymnasium_environment(stores):
     assert first.shape == (6, 16, 16, 3) and first.dtype == np.uint8
     assert np.array_equal(first, episode(7)) and not np.array_equal(first, episode(8))
     assert env.reset(options={"episode": 2, "start": 3})[1] == {"episode": 2, "start": 3}
+
+
+def test_an_episode_of_the_dream_can_end(stores):
+    world = make_world(n_agent=1)
+    chance = iter([0.9, 0.6, 0.4])
+    env = DreamEnv(world, stores[1], prefix=PREFIX, length=9, agent=torch.ones(1, 1, 32), continues=lambda h: next(chance))
+    env.reset(seed=0)
+    ends = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(3)]
+    assert ends == [(False, False), (False, False), (True, False)]
+    with pytest.raises(UserError, match="agent"):
+        DreamEnv(make_world(), stores[1], continues=lambda h: 1.0)
+
+
+def test_actions_of_the_environment_are_those_of_its_tasks(stores):
+    "A world of wider actions gets zeros in the dimensions that the contexts' task lacks."
+    torch.manual_seed(0)
+    wide = make_world()
+    dynamics = Dynamics(replace(wide.dynamics.config, action_dim=5))
+    world = WorldModel(wide.tokenizer, dynamics).eval()
+    given = []
+    world.dynamics.register_forward_pre_hook(lambda module, args, kwargs: given.append(args[3]), with_kwargs=True)
+    contexts = stores[1]
+    env = DreamEnv(world, contexts, prefix=PREFIX)
+    assert env.action_space.shape == (2,)
+    env.windows.at = widened(env.windows.at, 5)
+    env.reset(seed=0)
+    env.step(np.array([0.5, -0.5], np.float32))
+    assert torch.equal(given[-1][0, 0], torch.tensor([0.5, -0.5, 0.0, 0.0, 0.0]))
+
+
+def widened(at, width):
+    "`Windows.at` of a store joined with one of wider actions."
+    def read(number):
+        batch = at(number)
+        return replace(batch, actions=torch.nn.functional.pad(batch.actions, (0, width - batch.actions.shape[-1])))
+    return read
 
 
 def test_the_environment_names_what_is_wrong(stores):

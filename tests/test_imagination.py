@@ -1,5 +1,7 @@
 "Imagination training: λ-returns, PMPO, whose reward a dreamed action gets, what learns and what stays frozen, a chain with a known best policy."
 import copy
+import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -7,14 +9,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dreamer4_nb.agent import AgentConfig, AgentHeads, Categorical
+from dreamer4_nb import imagination
+from dreamer4_nb.agent import AgentConfig, AgentHeads, Categorical, PolicyHead, ScalarHead, covering_range
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.imagination import ImaginationConfig, imagination_loss, imagine, lambda_returns, load_imagination, pmpo_loss
+from dreamer4_nb.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns, largest_return, load_imagination,
+                                     pmpo_loss, train_imagination)
 from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training import TrainConfig
 
 SHORT = ImaginationConfig(context=3, horizon=4)
 
@@ -39,7 +44,7 @@ def make_contexts(b=4, t=3, seed=0):
 
 def always(value):
     "A policy that always does the same."
-    return lambda h: SimpleNamespace(sample=lambda generator: torch.full((len(h), 2), value))
+    return lambda h, live: SimpleNamespace(sample=lambda generator: torch.full((len(h), 2), value))
 
 
 def generator(seed=0): return torch.Generator().manual_seed(seed)
@@ -103,6 +108,106 @@ def test_pmpo_needs_only_the_sign_and_zero_counts_as_good():
     l, a, kl = torch.rand(20, generator=generator()), torch.randn(20, generator=generator(1)), torch.zeros(20)
     torch.testing.assert_close(pmpo_loss(l, a, kl), pmpo_loss(l, a * 1000, kl))
     torch.testing.assert_close(pmpo_loss(l, torch.zeros(20), kl), -0.5 * l.mean())
+
+
+def test_weighted_pmpo_is_that_of_steps_that_come_as_often():
+    l, a, kl = (f(40, generator=generator(k), dtype=torch.float64) for k, f in enumerate((torch.rand, torch.randn, torch.rand)))
+    often = torch.randint(0, 3, (40,), generator=generator(3))
+    repeated = pmpo_loss(*(x.repeat_interleave(often) for x in (l, a, kl)))
+    torch.testing.assert_close(pmpo_loss(l, a, kl, weight=often), repeated, atol=1e-12, rtol=0)
+
+
+def test_what_comes_after_an_end_teaches_nothing():
+    world, heads = make_agent()
+    learners, seen = make_learners(heads), {}
+    real = learners["policy"].forward
+
+    def watched(h, live=None):
+        choice = real(h, live)
+        if h.ndim == 4:                                           # the loss, not the dream
+            choice.logits.retain_grad()
+            seen["logits"] = choice.logits
+        return choice
+
+    learners["policy"].forward = watched
+    heads.goes_on = lambda h: torch.tensor([1.0, 0.0, 1.0, 1.0]).expand(h.shape[:2]) if h.shape[1] == 4 else torch.ones(h.shape[:2])
+    loss_fn = imagination_loss(world, heads, SHORT)
+    batch = make_contexts()
+    batch.continues[3, -1] = 0                                    # the last real frame of row 3 is an end already
+    losses, _ = loss_fn(learners, batch, generator())
+    losses["policy"].backward()
+    taught = seen["logits"].grad.abs().amax((-2, -1)) > 0
+    assert taught.tolist() == [[True, True, False, False]] * 3 + [[False] * 4]
+
+
+def test_dead_action_dimensions_stay_zero_in_dreams():
+    world, heads = make_agent()
+    wide = AgentHeads(replace(heads.config, tasks=("two", "one"), action_dims=(2, 1)))
+    nn.init.normal_(wide.policy.net[-1].weight, std=0.3)
+    batch = make_contexts()
+    batch.task = torch.tensor([0, 1, 0, 1])
+    actions = imagine(world, wide, wide.policy, batch, SHORT, generator())["actions"]
+    assert actions[1::2, :, 1].abs().max() == 0 < min(actions[0::2].abs().max(), actions[1::2, :, 0].abs().max())
+
+
+def test_compiling_reaches_the_world_that_dreams(monkeypatch):
+    world, heads = make_agent()
+    compiled = []
+    monkeypatch.setattr(WorldModel, "compile", lambda self, **options: compiled.append(self))
+    imagination_loss(world, heads, SHORT)
+    assert not compiled
+    imagination_loss(world, heads, SHORT, compile=True)
+    assert len(compiled) == 1 and compiled[0] is not world
+
+
+def bandit(reach, steps=400):
+    "Two actions that pay 1.4 or 1.9 for ever, γ = 0.997: (chance of the better one, share of positive advantages) after training."
+    torch.manual_seed(0)
+    config = AgentConfig(width=4, hidden=64, mtp=0, action_dim=1, policy="bernoulli")
+    policy, value = PolicyHead(config), ScalarHead(config, 1, reach)
+    optimiser = torch.optim.Adam([*policy.parameters(), *value.parameters()], lr=5e-3)
+    h, positive = torch.ones(64, 16, 1, 4), []
+    for step in range(steps):
+        values = value(h).detach()
+        now = policy(h[:, :-1])
+        actions = now.sample(step_generator(step))
+        returns = lambda_returns(1.4 + 0.5 * actions[..., 0], torch.ones(64, 15), values, 0.997, 0.95)
+        advantage = returns - values[:, :-1]
+        loss = pmpo_loss(now.log_prob(actions), advantage, 0 * advantage) + value.loss(h[:, :-1], returns[..., None]).mean()
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        positive.append((advantage >= 0).float().mean().item())
+    return policy(h[:1, :1]).mean().item(), sum(positive[-50:]) / 50
+
+
+def test_a_value_that_can_be_expressed_finds_the_better_action():
+    reach = covering_range(2 / (1 - 0.997), 6.0)
+    assert math.expm1(reach) == pytest.approx(2 / 0.003) and covering_range(10, 6.0) == 6.0
+    better, positive = bandit(reach)
+    assert better > 0.95 and 0.05 < positive < 0.95
+
+
+def test_the_value_head_reaches_the_largest_return_of_the_data(tmp_path, monkeypatch, capsys):
+    "Rewards of 2 a decision at the paper's γ: 667, where the default bins end at 402."
+    world, heads = make_agent()
+    latents = SimpleNamespace(column=lambda name: torch.tensor([0.0, -2.0, 1.0]).numpy())
+    assert largest_return(latents, 0.997) == pytest.approx(667, abs=1) and largest_return(latents, 1.0) == 20_000
+
+    class Contexts:
+        def __init__(self, *args, **options): pass
+        def __call__(self, step): return make_contexts(seed=step)
+        def describe(self): return "made up"
+
+    monkeypatch.setattr(imagination, "Windows", Contexts)
+    few = TrainConfig(steps=2, warmup=1, log_every=1, save_every=1, dtype="float32", device="cpu")
+    trained = train_imagination(latents, world, heads, replace(SHORT, gamma=0.997), few, tmp_path, batch=4)
+    assert heads.value.bins[-1] < 403 < 666 < trained.value.bins[-1] < 668 and trained.value.clamped(torch.tensor(660.0)) == 0
+    assert "667" in capsys.readouterr().out
+    loaded = load_imagination(tmp_path / "imagination.safetensors", heads)
+    assert torch.equal(loaded.value.bins, trained.value.bins) and loaded.config == trained.config
+    same = train_imagination(latents, world, heads, replace(SHORT, gamma=0.95), few, None, batch=4)
+    assert same.config == heads.config                            # 40: the bins reach it
 
 
 def test_the_dream_costs_k_plus_one_forwards_a_frame_and_repeats():
@@ -200,7 +305,7 @@ def test_pmpo_finds_the_known_best_policy():
     heads = AgentHeads(AgentConfig(width=N, hidden=32, mtp=0, action_dim=1, policy="bernoulli"))
     heads.policy.net[-1].bias.data.fill_(-0.847)                      # a prior that goes left with 70%
     heads.reward.forward = lambda h: h[..., 0, :] @ PAY
-    heads.continue_logits = lambda h: (h[..., 0, :] @ GOES_ON - 0.5)[..., None] * 40
+    heads.goes_on = lambda h: h[..., 0, :] @ GOES_ON
     learners = make_learners(heads)
     loss_fn = imagination_loss(Chain(), heads, ImaginationConfig(context=1, horizon=8, gamma=GAMMA))
     optimiser = torch.optim.Adam([p for m in learners.values() for p in m.parameters()], lr=1e-2)
