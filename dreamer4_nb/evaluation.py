@@ -211,10 +211,11 @@ def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int
             rewards.append(played)
             kept.append(shown)
     of_kept = {}
-    if keep:
-        length = min(len(actions) for _, actions in kept)       # of chunks that all ended early, what they share
-        of_kept = {"frames": np.concatenate([np.stack(frames[:length + 1], 1) for frames, _ in kept if len(frames[0])]),
-                   "actions": np.concatenate([np.stack(actions[:length], 1) for _, actions in kept if len(actions[0])])}
+    if keep:        # a chunk whose episodes are all over stays as it is
+        played = lambda k: [steps[k] for steps in kept if len(steps[k][0])]
+        longest = lambda k: max(map(len, played(k)))
+        of_kept = {name: np.concatenate([np.stack(steps + [steps[-1]] * (longest(k) - len(steps)), 1) for steps in played(k)])
+                   for k, name in enumerate(("frames", "actions"))}
     return Records.of_rewards(name, task, seeds, np.concatenate(rewards), info={"seconds": time.perf_counter() - began}, **of_kept)
 
 
