@@ -1,6 +1,6 @@
-"""Nothing that a GPU is asked to do mixes devices or draws from another device's generator: the whole chain on a pretend one.
+"""Nothing that a GPU is asked to do mixes devices or draws from a foreign generator: all on a pretend one.
 
-The device holds for a whole process, so that all scenarios run in one of their own, once; each is a test here."""
+The device holds for a whole process, so all scenarios run in one of their own, once; each is a test here."""
 import json
 import os
 import subprocess
@@ -13,7 +13,7 @@ import dreamer4_nb
 from pretend_gpu.load import COMPILER
 from pretend_gpu.scenarios import SCENARIOS
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the pretend GPU needs a C++ compiler (g++ or clang++)")
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="the pretend GPU needs a C++ compiler, such as g++")
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +21,11 @@ def outcomes(tmp_path_factory):
     "What went wrong in each scenario, by its name; None where nothing did."
     folder = tmp_path_factory.mktemp("pretend_gpu")
     paths = [Path(__file__).parent, Path(dreamer4_nb.__file__).parents[1], os.environ.get("PYTHONPATH", "")]
-    ran = subprocess.run([sys.executable, "-m", "pretend_gpu.scenarios"], cwd=folder, capture_output=True, text=True,
-                         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))})
-    lines = (folder / "outcomes.jsonl").read_text().splitlines() if (folder / "outcomes.jsonl").exists() else []
+    settings = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-m", "pretend_gpu.scenarios"]
+    ran = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
+    written = folder / "outcomes.jsonl"
+    lines = written.read_text().splitlines() if written.exists() else []
     found = {line["name"]: line["error"] for line in map(json.loads, lines)}
     return dict.fromkeys(SCENARIOS, f"did not run: {ran.stderr[-2000:]}") | found
 

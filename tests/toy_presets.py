@@ -4,47 +4,46 @@ from dataclasses import replace
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.costs import Shape
 from dreamer4_nb.dynamics import DynamicsConfig
-from dreamer4_nb.presets import Preset, linked
+from dreamer4_nb.presets import Preset
 from dreamer4_nb.tokenizer import TokenizerConfig
 
 
-def thin(config: TransformerConfig) -> TransformerConfig:
+def thin(config: TransformerConfig, context: int) -> TransformerConfig:
     "Two layers or more, one of them along time."
-    return replace(config, width=32, depth=max(2, config.time_every), heads=2, kv_heads=1 if config.kv_heads < config.heads else 2,
-                   context=min(config.context, 8))
+    kv_heads = 1 if config.kv_heads < config.heads else 2
+    return replace(config, width=32, depth=max(2, config.time_every), heads=2, kv_heads=kv_heads,
+                   context=min(config.context, context))
 
 
 def thin_tokenizer(config: TokenizerConfig) -> TokenizerConfig:
-    return replace(config, image=64, patch=16, n_latents=4, d_latent=8, transformer=thin(config.transformer))
+    blocks = thin(config.transformer, 3)
+    return replace(config, image=64, patch=16, n_latents=4, d_latent=8, transformer=blocks)
 
 
 def thin_dynamics(config: DynamicsConfig) -> DynamicsConfig:
-    return replace(config, n_latents=4, d_latent=8, short=min(config.short, 4), transformer=thin(config.transformer))
+    blocks = thin(config.transformer, 8)
+    return replace(config, n_latents=4, d_latent=8, short=min(config.short, 4), transformer=blocks)
 
 
 def thin_shape(shape: Shape) -> Shape:
-    return replace(shape, tokenizer=thin_tokenizer(shape.tokenizer), dynamics=thin_dynamics(shape.dynamics), batch=min(shape.batch, 4),
-                   length=12, context=4, generated=2, clips=(2, min(shape.tokenizer_clips[1], 4)))
+    models = {"tokenizer": thin_tokenizer(shape.tokenizer), "dynamics": thin_dynamics(shape.dynamics)}
+    clips = (2, min(shape.tokenizer_clips[1], 4))
+    return replace(shape, **models, batch=min(shape.batch, 4), length=12, context=4, generated=2, clips=clips)
 
 
 def thin_preset(preset: Preset, steps: int = 2, **train) -> Preset:
     "The preset for runs of a few `steps` a phase; `train`: other settings of all its TrainConfigs."
     def phase(name: str, model, **sizes):
         old = getattr(preset, name)
-        return replace(old, model=model, train=replace(old.train, steps=steps, warmup=1, log_every=1, **train), **sizes)
+        short = replace(old.train, steps=steps, warmup=1, log_every=1, **train)
+        return replace(old, model=model, train=short, **sizes)
 
     tokenizer, agent, imagination = preset.tokenizer, preset.agent.model, preset.imagination.model
+    length, settle = min(tokenizer.length, 4), min(tokenizer.settle, steps)
     return replace(
         preset, threads=1, workers=1, held_out=0.25,
-        tokenizer=phase("tokenizer", thin_tokenizer(tokenizer.model), batch=2, length=min(tokenizer.length, 4), settle=min(tokenizer.settle, steps)),
+        tokenizer=phase("tokenizer", thin_tokenizer(tokenizer.model), batch=4, length=length, settle=settle),
         dynamics=phase("dynamics", thin_dynamics(preset.dynamics.model), batch=4, length=12),
         agent=phase("agent", replace(agent, hidden=32), batch=4, length=12),
         imagination=phase("imagination", replace(imagination, context=4, horizon=3), batch=4),
         evaluation=replace(preset.evaluation, episodes=2, decisions=10, demonstrator=0, dreams=4, videos=1))
-
-
-def shape_of(preset: Preset) -> Shape:
-    "The shape that a preset trains: both models, and their batches."
-    preset = linked(preset)
-    tokenizer, dynamics = preset.tokenizer, preset.dynamics
-    return Shape(tokenizer.model, dynamics.model, dynamics.batch, dynamics.length, context=1, generated=1, clips=(tokenizer.batch, tokenizer.length))

@@ -1,15 +1,15 @@
-"""Stand-ins for the packages that draw, simulate or show, so that the method can be trained and timed without them.
+"""Stand-ins for the packages that draw, simulate or show: the method can be trained and timed without them.
 
-`install()` before the package is imported. A stand-in can be imported, named in annotations and inherited from;
-whoever calls it gets an error that names the package."""
+`install()` before dreamer4_nb is imported. A stand-in can be imported, named in annotations and inherited
+from; whoever calls it gets an error that names it."""
 import importlib.metadata
 import sys
 import types
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 
-PACKAGES = ("IPython", "PIL", "absl", "dm_control", "gymnasium", "imageio", "ipywidgets", "lpips", "matplotlib",
-            "mujoco", "scipy", "torchmetrics", "tyro")
+PACKAGES = ("IPython", "PIL", "absl", "dm_control", "gymnasium", "imageio", "ipywidgets", "lpips",
+            "matplotlib", "mujoco", "scipy", "torchmetrics", "tyro")
 
 
 class StandIn(type):
@@ -21,7 +21,7 @@ class StandIn(type):
         return StandIn(f"{cls.__name__}.{name}", (), {})
 
     def __call__(cls, *args, **kwargs):
-        raise ImportError(f"{cls.__name__} was called, but only a stand-in is here: install the package to use it")
+        raise ImportError(f"{cls.__name__} was called, but only a stand-in for it is here")
 
 
 class StandInModule(types.ModuleType):
@@ -68,7 +68,7 @@ def version(name: str, known=importlib.metadata.version) -> str:
 
 
 def install() -> None:
-    "Puts the stand-ins where the packages would be, whether those are there or not: so it is the same everywhere."
+    "Puts the stand-ins where the packages would be, also where those are: so it is the same everywhere."
     sys.meta_path.insert(0, Finder())
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = QuietWriter

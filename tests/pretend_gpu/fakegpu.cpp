@@ -1,5 +1,5 @@
-// A device "fakegpu" whose memory is the CPU's and whose operations run on the CPU, but which refuses what CUDA refuses:
-// tensors of two devices in one operation, and generators of another device.
+// A device "fakegpu" whose memory is the CPU's and whose operations run on the CPU, but which refuses what
+// CUDA refuses: tensors of two devices in one operation, and generators of another device.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -76,7 +76,9 @@ struct FakeGenerator final : public c10::GeneratorImpl {
   uint64_t current_seed() const override { return inner.current_seed(); }
   uint64_t seed() override { return inner.seed(); }
   void set_state(const c10::TensorImpl& state) override { inner.unsafeGetGeneratorImpl()->set_state(state); }
-  c10::intrusive_ptr<c10::TensorImpl> get_state() const override { return inner.unsafeGetGeneratorImpl()->get_state(); }
+  c10::intrusive_ptr<c10::TensorImpl> get_state() const override {
+    return inner.unsafeGetGeneratorImpl()->get_state();
+  }
   FakeGenerator* clone_impl() const override { return new FakeGenerator(0); }
 };
 
@@ -106,8 +108,8 @@ static Tensor as_cpu(const Tensor& x) {  // the same memory
   return from_blob(x.data_ptr(), x.sizes(), x.strides(), TensorOptions().dtype(x.dtype()).device(kCPU));
 }
 
-static Tensor empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>, std::optional<Device>,
-                    std::optional<bool>, std::optional<MemoryFormat> format) {
+static Tensor empty(IntArrayRef size, std::optional<ScalarType> dtype, std::optional<Layout>,
+                    std::optional<Device>, std::optional<bool>, std::optional<MemoryFormat> format) {
   return at::detail::empty_generic(size, &allocator, kKeys, c10::dtype_or_default(dtype), format);
 }
 
@@ -137,7 +139,8 @@ static Tensor as_strided(const Tensor& x, c10::SymIntArrayRef size, c10::SymIntA
                          std::optional<c10::SymInt> offset) {
   std::optional<int64_t> start;
   if (offset.has_value()) start = offset->guard_int(__FILE__, __LINE__);
-  return at::native::as_strided_tensorimpl(x, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride), start);
+  return at::native::as_strided_tensorimpl(x, C10_AS_INTARRAYREF_SLOW(size), C10_AS_INTARRAYREF_SLOW(stride),
+                                           start);
 }
 
 static Tensor reshape_alias(const Tensor& x, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
@@ -165,12 +168,12 @@ static Tensor& set_storage(Tensor& x, Storage storage, c10::SymInt offset, c10::
   return x;
 }
 
-// Random numbers: a CPU tensor refuses this device's generators by itself, this device's tensors refuse all others here.
+// Random numbers. A CPU's tensor refuses this device's generators by itself; this device's refuse others.
 
 static OptionalGenerator own(const OptionalGenerator& generator) {
   if (!generator.has_value() || !generator->defined()) return std::nullopt;
-  TORCH_CHECK(generator->device().type() == kFake, "Expected a 'fakegpu' device type for generator but found '",
-              generator->device(), "'");
+  TORCH_CHECK(generator->device().type() == kFake,
+              "Expected a 'fakegpu' device type for generator but found '", generator->device(), "'");
   return static_cast<FakeGenerator*>(generator->unsafeGetGeneratorImpl())->inner;
 }
 
@@ -254,7 +257,7 @@ static void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
   bool indexes = indexing.count(name) && values[0].toTensor().device().type() == kFake;
   Found found;
   for (size_t i = 0; i < arguments.size(); i++) {
-    if (indexes && arguments[i].name() == "indices") continue;  // indices into a GPU's tensor may come from the CPU
+    if (indexes && arguments[i].name() == "indices") continue;  // these may come from the CPU
     if (values[i].isTensor()) found.look(values[i].toTensor(), arguments[i].name());
     if (values[i].isTensorList())
       for (const auto& x : values[i].toTensorVector()) found.look(x, arguments[i].name());
@@ -263,14 +266,16 @@ static void on_the_cpu(const c10::OperatorHandle& op, torch::jit::Stack* stack) 
         if (x.has_value()) found.look(*x, arguments[i].name());
   }
   TORCH_CHECK(!found.fake || found.cpu.empty() || copies.count(name),
-              "Expected all tensors to be on the same device, but found at least two devices, fakegpu:0 and cpu! (argument '",
-              found.cpu, "' of ", name, ")");
+              "Expected all tensors to be on the same device, but found at least two devices, ",
+              "fakegpu:0 and cpu! (argument '", found.cpu, "' of ", name, ")");
   at::native::cpu_fallback(op, stack);
 }
 
 }  // namespace fake
 
-TORCH_LIBRARY_IMPL(_, PrivateUse1, m) { m.fallback(torch::CppFunction::makeFromBoxedFunction<&fake::on_the_cpu>()); }
+TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {
+  m.fallback(torch::CppFunction::makeFromBoxedFunction<&fake::on_the_cpu>());
+}
 
 TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("empty.memory_format", &fake::empty);

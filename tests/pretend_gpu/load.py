@@ -1,7 +1,7 @@
-"""A pretend GPU: operations run on the CPU, but tensors of two devices refuse to mix and generators are checked, as on CUDA.
+"""A pretend GPU: operations run on the CPU, but refuse what CUDA refuses, two devices and foreign generators.
 
-`load()` once, then `device="fakegpu"`, in a process of its own: the backend holds for the whole process. It is compiled
-once, with a C++ compiler and nothing else. It says nothing about CUDA's kernels, bfloat16, NCCL or speed."""
+`load(folder)` once, then `device="fakegpu"`, in a process of its own: the backend holds for all of it. It is
+compiled once, with a C++ compiler and nothing else. Of CUDA's kernels, bfloat16 and speed it says nothing."""
 import hashlib
 import os
 import shutil
@@ -12,21 +12,22 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).parent / "fakegpu.cpp"
-COMPILER = next((found for name in (os.environ.get("CXX", ""), "g++", "c++", "clang++") if (found := shutil.which(name))), None)
+COMPILERS = (os.environ.get("CXX", ""), "g++", "c++", "clang++")
+COMPILER = next((path for path in map(shutil.which, COMPILERS) if path), None)
 
 
 def compiled(folder: Path) -> Path:
-    "The backend as a library in `folder`, compiled (half a minute) where this source for this PyTorch is not there yet."
+    "The backend as a library in `folder`; compiled in half a minute where it is not there for this PyTorch."
     torch_folder = Path(torch.__file__).parent
     key = hashlib.sha256(SOURCE.read_bytes() + torch.__version__.encode()).hexdigest()[:12]
     library = folder / f"fakegpu-{key}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True)
         part = library.with_suffix(f".{os.getpid()}.so")
-        links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
         abi = f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"
-        subprocess.run([COMPILER, "-std=c++20", "-O0", "-shared", "-fPIC", "-w", abi, f"-I{torch_folder / 'include'}", str(SOURCE),
-                        *links, "-o", str(part)], check=True)
+        flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-w", abi, f"-I{torch_folder / 'include'}"]
+        links = [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+        subprocess.run([COMPILER, *flags, str(SOURCE), *links, "-o", str(part)], check=True)
         os.replace(part, library)       # of two processes that compile, both are right
     return library
 
@@ -48,7 +49,7 @@ def device_module() -> types.ModuleType:
 
 
 def copy_by_cloning() -> None:
-    "Deep copies of this device's tensors: PyTorch would copy their storage, which it can only on devices that it knows."
+    "Deep copies of this device's tensors. PyTorch would copy their storage, on devices that it knows."
     known = torch.Tensor.__deepcopy__
 
     def deepcopy(self: torch.Tensor, memo: dict) -> torch.Tensor:

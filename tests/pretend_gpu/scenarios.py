@@ -1,6 +1,6 @@
-"""What a GPU is asked to do, on the pretend one: `python -m pretend_gpu.scenarios` adds a JSON line to outcomes.jsonl for each.
+"""What a GPU is asked to do, on the pretend one: `python -m pretend_gpu.scenarios`.
 
-Runs and outcomes are kept in the folder in which it is started."""
+It works in the folder in which it is started, and writes a line of outcomes.jsonl there for each scenario."""
 import contextlib
 import copy
 import json
@@ -15,36 +15,39 @@ from pathlib import Path
 import numpy as np
 import torch
 from pretend_gpu.load import load
-from toy_presets import shape_of, thin_preset
+from toy_presets import thin_preset
 
 from dreamer4_nb import chain, evaluation, study
 from dreamer4_nb.agent import AgentHeads, Policy, agent_loss
 from dreamer4_nb.chain import Run
 from dreamer4_nb.core import cache_dir, pick_device
-from dreamer4_nb.costs import Shape
 from dreamer4_nb.data import Windows
 from dreamer4_nb.dynamics import dynamics_loss
-from dreamer4_nb.envs import task_info
 from dreamer4_nb.forcing import Schedule, sample_sequence
 from dreamer4_nb.generation import DreamEnv, WorldModel, rollout_report
 from dreamer4_nb.imagination import imagination_loss
-from dreamer4_nb.presets import MICRO, PRESETS, Preset
+from dreamer4_nb.presets import MICRO, PRESETS, Preset, phase_shapes
 from dreamer4_nb.scaling import bench
 from dreamer4_nb.training import fit
 from dreamer4_nb.tokenizer import tokenizer_report
 
 DEVICE = "fakegpu"
 MICRO_HERE = thin_preset(MICRO, device=DEVICE)
-SWITCHES = {"image rows": ("dynamics.model.image_rows", 0.3), "short clips": ("dynamics.model.short", 4),
-            "committed context": ("dynamics.model.committed", True), "context levels": ("dynamics.model.p_context", 0.2),
-            "gaussian policy": ("agent.model.policy", "gaussian")}
+SWITCHES = {
+    "image rows": ("dynamics.model.image_rows", 0.3),
+    "short clips": ("dynamics.model.short", 4),
+    "committed context": ("dynamics.model.committed", True),
+    "context levels": ("dynamics.model.p_context", 0.2),
+    "gaussian policy": ("agent.model.policy", "gaussian"),
+}
 OF_PRESETS = ("tiny", "small", "base", "paper")
 TASKS = ("ball_in_cup-catch", "cartpole-swingup")       # two and one action dimensions
 
 
 def micro_of(name: str) -> Preset:
     "A preset's switches in sizes, data and number of tasks of micro."
-    return replace(thin_preset(PRESETS[name], device=DEVICE, compile=False), tasks=MICRO.tasks, data=MICRO.data, episodes=MICRO.episodes)
+    preset = thin_preset(PRESETS[name], device=DEVICE, compile=False)
+    return replace(preset, tasks=MICRO.tasks, data=MICRO.data, episodes=MICRO.episodes)
 
 
 @cache
@@ -61,8 +64,8 @@ def train_with(setting: str, value) -> None:
     "All phases from the one that a setting belongs to; what comes before is the plain run's."
     phase = setting.partition(".")[0]
     before = chain.ORDER[chain.ORDER.index(phase) - 1]
-    run = study.branch(plain(), Path(setting, str(value)), before, study.with_setting(MICRO_HERE, setting, value))
-    act(run)
+    preset = study.with_setting(MICRO_HERE, setting, value)
+    act(study.branch(plain(), Path(setting, str(value)), before, preset))
 
 
 def act(run: Run) -> None:
@@ -76,15 +79,17 @@ def act(run: Run) -> None:
 
 def keys() -> None:
     "Phases 2 and 3 with a policy of keys, which are down or up: the demonstrations' actions by their sign."
-    run, windows = plain(), Windows(plain().latents[0], 12, 4)
-    batch = windows(0)
+    run = plain()
+    batch = Windows(run.latents[0], 12, 4)(0)
     batch = replace(batch, intended=(batch.intended > 0).float(), relevant=torch.arange(4) < 2)
     heads = AgentHeads(replace(run.agent[1].config, policy="bernoulli"))
     dynamics = copy.deepcopy(run.agent[0])
     world = WorldModel(run.tokenizer, dynamics)
-    fit("agent", {"dynamics": dynamics, "heads": heads}, agent_loss, lambda step: batch, run.preset.agent.train)
+    modules = {"dynamics": dynamics, "heads": heads}
+    fit("agent", modules, agent_loss, lambda step: batch, run.preset.agent.train)
+    modules = {"policy": heads.policy, "value": heads.value}
     loss = imagination_loss(world, heads, run.preset.imagination.model)
-    fit("imagination", {"policy": heads.policy, "value": heads.value}, loss, lambda step: batch, run.preset.imagination.train)
+    fit("imagination", modules, loss, lambda step: batch, run.preset.imagination.train)
 
 
 def of_phase_1() -> WorldModel:
@@ -111,8 +116,10 @@ def beside_dream() -> None:
 
 
 def dream_env(world: WorldModel, with_reward: bool = False) -> None:
-    heads = plain().agent[1]
-    given = {"reward": heads.reward, "agent": heads.tokens(torch.zeros(1, dtype=torch.long, device=DEVICE)).detach()} if with_reward else {}
+    heads, given = plain().agent[1], {}
+    if with_reward:
+        tokens = heads.tokens(torch.zeros(1, dtype=torch.long, device=DEVICE))
+        given = {"reward": heads.reward, "agent": tokens.detach()}
     env = DreamEnv(world, plain().latents[1], prefix=4, length=5, **given)
     env.reset(seed=0)
     for _ in range(3):
@@ -130,7 +137,7 @@ def continue_sequence(generator: torch.Generator) -> None:
 
 
 def resumed() -> None:
-    "Training that broke off after a save, and goes on with weights, moments and averages put back on the device."
+    "Training that broke off after a save goes on, with weights, moments and averages put back on the device."
     windows = Windows(plain().latents[0], 12, 4)
     config = replace(MICRO_HERE.dynamics.train, steps=4, save_every=2, muon=20.0, ema=0.9)
 
@@ -141,7 +148,8 @@ def resumed() -> None:
 
     for batches in (broken, windows):
         with contextlib.suppress(EOFError):
-            history = fit("dynamics", {"dynamics": copy.deepcopy(plain().dynamics)}, dynamics_loss, batches, config, Path("resumed"))
+            modules = {"dynamics": copy.deepcopy(plain().dynamics)}
+            history = fit("dynamics", modules, dynamics_loss, batches, config, Path("resumed"))
     assert [row["step"] for row in history] == [1, 2, 3, 4]
 
 
@@ -152,12 +160,13 @@ def two_tasks() -> None:
         train, held = view.split
         tokenizer_report(run.tokenizer, held, train, frames=60)
         rollout_report(run.world, held, view.latents[1], prefix=4, length=10, windows=4)
-        policy = Policy(run.world, run.imagination, task=number, action_dim=task_info(view.task).action_dim)
+        policy = Policy(run.world, run.imagination, task=number)
         evaluation.evaluate_policy(policy, view.task, [1, 2], decisions=4, workers=1)
         study.dreamed_return(view, run.imagination, 4, 3)
 
 
-def time_it(shape: Shape, **options) -> None:
+def time_it(preset: Preset, **options) -> None:
+    shape = phase_shapes(preset)["dynamics"]
     assert bench(shape, seconds=0.0, device=DEVICE, **options)["frame_decoded_ms"] > 0
 
 
@@ -173,15 +182,17 @@ def refuses(call: Callable, *words: str) -> None:
 def refusals() -> None:
     "The device refuses what CUDA refuses, and only that."
     here, there, x = torch.Generator(DEVICE), torch.Generator(), torch.rand(3, device=DEVICE)
-    for draw in (partial(torch.rand, 3), partial(torch.randn, 3), partial(torch.randint, 4, (3,)), partial(torch.randperm, 4)):
+    for name, sizes in {"rand": (3,), "randn": (3,), "randint": (4, (3,)), "randperm": (4,)}.items():
+        draw = partial(getattr(torch, name), *sizes)
         refuses(lambda: draw(generator=here), "Expected a 'cpu' device type for generator")
-        refuses(lambda: draw(generator=there, device=DEVICE), "Expected a 'fakegpu' device type for generator")
+        refuses(lambda: draw(generator=there, device=DEVICE), "Expected a 'fakegpu' device type")
         assert draw(generator=here, device=DEVICE).device.type == DEVICE
     for draw in (torch.bernoulli, partial(torch.multinomial, num_samples=1)):
         refuses(lambda: draw(x.cpu(), generator=here), "generator")
         refuses(lambda: draw(x, generator=there), "generator")
         draw(x, generator=here)
-    for mix in (lambda: x + torch.ones(3), lambda: torch.cat([x, torch.ones(3)]), lambda: torch.where(x > 0, x, torch.ones(3))):
+    ones = torch.ones(3)
+    for mix in (lambda: x + ones, lambda: torch.cat([x, ones]), lambda: torch.where(x > 0, x, ones)):
         refuses(mix, "two devices")
     refuses(lambda: torch.ones(3)[x.long()], "indices")
     assert (x[torch.tensor([0, 1])] + torch.tensor(1.0)).device.type == DEVICE == pick_device(DEVICE).type
@@ -190,7 +201,7 @@ def refusals() -> None:
 SCENARIOS = {
     "what it refuses": refusals,
     "phases": lambda: plain().imagination,
-    "tokenizer report": lambda: tokenizer_report(plain().tokenizer, plain().split[1], plain().split[0], frames=60),
+    "tokenizer report": lambda: tokenizer_report(plain().tokenizer, *plain().split[::-1], frames=60),
     "rollout report, phase 1": lambda: rollouts(of_phase_1()),
     "rollout report, phase 2": lambda: rollouts(plain().world),
     "reconstructions": lambda: evaluation.reconstructions(plain().tokenizer, plain().split[1], 2),
@@ -211,10 +222,11 @@ SCENARIOS = {
     "bernoulli policy": keys,
     "resumed training": resumed,
     "two tasks": two_tasks,
-    "bench": lambda: time_it(shape_of(MICRO_HERE)),
-    **{f"bench, {name}": partial(time_it, shape_of(study.with_setting(MICRO_HERE, *setting)))
+    "bench": lambda: time_it(MICRO_HERE),
+    **{f"bench, {name}": partial(time_it, study.with_setting(MICRO_HERE, *setting))
        for name, setting in SWITCHES.items() if setting[0].startswith("dynamics")},
-    **{f"bench, switches of {name}": partial(time_it, shape_of(micro_of(name)), recompute=name == "paper") for name in OF_PRESETS},
+    **{f"bench, switches of {name}": partial(time_it, micro_of(name), recompute=name == "paper")
+       for name in OF_PRESETS},
 }
 
 
@@ -223,8 +235,9 @@ def outcome(scenario: Callable) -> str | None:
     try:
         scenario()
     except Exception as error:
-        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)
-                  if "dreamer4_nb" in frame.filename]
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "dreamer4_nb" in frame.filename]
+        places = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in ours]
         return f"{type(error).__name__}: {error} (at {', '.join(places[-3:])})"
     return None
 
