@@ -8,10 +8,10 @@ APT := apt-get install -y -qq --no-install-recommends
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl demo test export readme check notebooks pytest clean
+.PHONY: help setup gl demo test gpu export readme check notebooks pytest clean
 
 help:
-	@echo "make setup | demo | test | export | clean"
+	@echo "make setup | demo | test | gpu | export | clean"
 
 setup: gl $(STAMP)
 
@@ -41,6 +41,12 @@ readme: setup
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
 test: setup
 	@$(MAKE) --no-print-directory check && time $(MAKE) --no-print-directory notebooks && time $(MAKE) --no-print-directory pytest
+
+# What only a GPU can tell, in under ten minutes, into nbs/results/gpu.json. ARGS="--minutes 20 --only bench" and so on.
+gpu:
+	@nvidia-smi -L 2>/dev/null | grep -q GPU || { echo "make gpu needs an NVIDIA GPU with its driver (80 GB for all of it); a trial without: python tests/gpu/run.py --device cpu --small"; exit 2; }
+	@$(MAKE) --no-print-directory setup
+	$(BIN)/python tests/gpu/run.py $(ARGS)
 
 export: setup
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export

@@ -205,14 +205,16 @@ class BlockCausalTransformer(nn.Module):
     def worked_on(self, l: int) -> tuple[int, int]:
         "Tokens of a frame that ask and that are asked in layer l."
         if self.layers[l].time:
-            tracks = self.given if l < self.first_look else self.layout.size if l < self.last_look else self.read
+            before, after = l < self.first_look, l > self.last_look
+            tracks = self.given if before else self.read if after else self.layout.size
             return tracks, tracks
         return self.read if l == self.last_look else self.layout.size, self.layout.size
 
     def _rings(self) -> list[tuple[int, ...]]:
         "Shape of the ring of every time layer, without the batch."
         c = self.config
-        return [(self.worked_on(l)[0], c.kv_heads, c.context, c.head_dim) for l, layer in enumerate(self.layers) if layer.time]
+        tracks = [self.worked_on(l)[0] for l, layer in enumerate(self.layers) if layer.time]
+        return [(n, c.kv_heads, c.context, c.head_dim) for n in tracks]
 
     def _prepare(self, cache: KVCache, batch: int) -> None:
         expected, found = [(batch, *ring) for ring in self._rings()], [tuple(ring.shape) for ring in cache.keys]
@@ -288,11 +290,12 @@ class BlockCausalTransformer(nn.Module):
 
 # %% ../nbs/05_blocks.ipynb #2f3800ff
 def inference_bytes(transformer: BlockCausalTransformer, frames: int, itemsize: int = 4) -> float:
-    """Bytes that a row takes at most while `frames` new frames go through a transformer with a full cache, without gradients.
+    """Bytes that a row takes at most while `frames` new frames pass a transformer without gradients.
 
-    Counted: the cache, the tokens that go in, and of the largest layer its input and output, norms, projections, keys and values read
-    from the cache, attention logits (as on a CPU; a GPU's kernel writes none) and the hidden layer of the MLP. Not counted: weights.
-    `itemsize`: bytes of a number in a product, 4 in float32 and 2 in bfloat16. Norms and the stream are float32 in any case."""
+    Counted: its cache, full; the tokens that go in; and of the largest layer its input and output, norms,
+    projections, keys and values read from the cache, attention logits (as on a CPU; a GPU's kernel writes
+    none) and the hidden layer of the MLP. Not counted: weights and their casts.
+    itemsize: bytes of a number in a product, 4 in float32, 2 in bfloat16. Norms and stream are float32."""
     c = transformer.config
     kv = c.kv_heads * c.head_dim
     seen = c.context - 1 + frames
@@ -303,13 +306,14 @@ def inference_bytes(transformer: BlockCausalTransformer, frames: int, itemsize: 
             pairs = asked * frames * seen
             keys = asked * seen if frames > 1 else 0        # a single frame reads the rings as they lie
         else:
+            seen_by = [(min(rows.stop, asking) - rows.start, columns) for rows, columns in transformer.pieces]
             count = lambda columns: len(range(asked)[columns] if isinstance(columns, slice) else columns)
-            pairs = frames * sum((min(rows.stop, asking) - rows.start) * count(columns) for rows, columns in transformer.pieces if rows.start < asking)
+            pairs = frames * sum(n * count(columns) for n, columns in seen_by if n > 0)
             keys = frames * asked
         stream = 4 * c.width * frames * (asked + asking)
         projected = frames * (c.width * asking + 2 * kv * asked)
-        logits = itemsize * 2 * c.heads * pairs
-        attention = 4 * c.width * frames * asked + max((itemsize + 12) * projected, itemsize * (2 * projected + 3 * kv * keys) + logits)
+        looking = itemsize * (2 * projected + 3 * kv * keys + 2 * c.heads * pairs)
+        attention = 4 * c.width * frames * asked + max((itemsize + 12) * projected, looking)
         mlp = frames * asking * (4 * c.width + itemsize * (c.width + 3 * c.hidden))
         layers.append(stream + max(attention, mlp))
     cache = sum(2 * itemsize * math.prod(ring) for ring in transformer._rings())

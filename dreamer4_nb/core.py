@@ -66,7 +66,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 # %% ../nbs/00_core.ipynb #621a71c4
 def inference_dtype(device: torch.device) -> torch.dtype:
-    "The dtype of matrix products where nothing is trained: bfloat16 on a GPU whose hardware has it, else float32."
+    "The dtype of products where nothing is trained: bfloat16 on a GPU whose hardware has it, else float32."
     return pick_dtype(device) if device.type == "cuda" else torch.float32
 
 # %% ../nbs/00_core.ipynb #cell-18

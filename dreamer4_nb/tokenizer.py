@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LONGEST', 'PLAIN_OBJECTIVE', 'BALL_SCORE', 'BALL_IMAGE', 'TokenizerConfig', 'encoder_layout', 'decoder_layout',
            'patchify', 'unpatchify', 'grid_embedding', 'draw_mask', 'Tokenizer', 'in_pieces', 'coding_bytes',
-           'encode_stream', 'decode_stream', 'deviation_weight', 'that_count', 'spread_error', 'change',
-           'gradient_difference', 'PerceptualLoss', 'tokenizer_loss', 'frame_statistics', 'settling_clips',
+           'encode_stream', 'decode_stream', 'deviation_weight', 'valid_only', 'mean_of_valid', 'spread_error',
+           'change', 'gradient_difference', 'PerceptualLoss', 'tokenizer_loss', 'frame_statistics', 'settling_clips',
            'train_tokenizer', 'load_tokenizer', 'encode_store', 'ball_kernel', 'ball_position', 'ball_metrics',
            'image_metrics', 'linear_probe', 'encode_episodes', 'tokenizer_report']
 
@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .core import (UserError, asset, autocast, check_shape, from_dict, inference_dtype, load_checkpoint, load_weights,
-                              memory_budget, row_chunks, say, seed_everything, step_generator, to_dict)
+from .core import (UserError, asset, autocast, check_shape, from_dict, inference_dtype,
+                              load_checkpoint, load_weights, memory_budget, row_chunks, say, seed_everything,
+                              step_generator, to_dict)
 from .data import Batch, LatentStore, Windows, to_float
 from .envs import object_pixels
 from .training import TrainConfig, fit
@@ -60,10 +61,11 @@ class TokenizerConfig:
         if self.scenes < 1:
             raise UserError(f"scenes is {self.scenes}; at least one mean frame is needed")
         if self.spread_weight and self.spread <= 0:
-            raise UserError(f"spread is {self.spread}; give a positive one, or spread_weight=0 to leave latents as they come")
-        if min(*self.slowness, self.latent_noise, self.gain, self.false_alarm, self.spread_weight) < 0:
-            raise UserError(f"slowness {self.slowness}, latent_noise {self.latent_noise}, gain {self.gain}, false_alarm {self.false_alarm} and "
-                            f"spread_weight {self.spread_weight} must not be negative; 0 turns each of them off")
+            raise UserError(f"spread is {self.spread}; give a positive one, or spread_weight=0 for none")
+        weights = dict(slowness=min(self.slowness), latent_noise=self.latent_noise, gain=self.gain,
+                       false_alarm=self.false_alarm, spread_weight=self.spread_weight)
+        if negative := [f"{name} {value}" for name, value in weights.items() if value < 0]:
+            raise UserError(f"{', '.join(negative)} must not be negative; 0 turns each of them off")
         if self.transformer.width % 4:
             raise UserError(f"width {self.transformer.width} is not a multiple of 4, which the position embedding needs; choose one")
 
@@ -144,7 +146,7 @@ class Tokenizer(nn.Module):
         "Mean and standard deviation a pixel of a scene, from frames (n, c, h, w) in [0, 1] of its training data."
         check_shape("frames", frames, "n c h w", c=self.config.channels, h=self.config.image, w=self.config.image)
         if len(frames) < 2:
-            raise UserError(f"statistics of scene {scene} from {len(frames)} frames; at least 2 are needed, better some hundred")
+            raise UserError(f"statistics of {len(frames)} frames; give at least 2, better some hundred")
         self.mean_frame[scene], self.std_frame[scene] = frames.mean(0), frames.std(0)
 
     def scene(self, frames, mask=None):
@@ -199,15 +201,15 @@ class Tokenizer(nn.Module):
         return self.decode(noised), latents
 
 # %% ../nbs/12_tokenizer.ipynb #f314eac0
-LONGEST = 32    # frames at a time, at most: longer pieces are no faster, and attention along time reads more past than it needs
+LONGEST = 32    # frames at a time: longer pieces are no faster, and what attention masks out along time grows
 
 
 def in_pieces(run: Callable[[Tensor, KVCache], Tensor], x: Tensor, new_cache: Callable[[int], KVCache],
               bytes_of: Callable[[int], float], budget: float, device: torch.device) -> Tensor:
     """`run(piece, cache)` of streams x (b, t, ...) in pieces of rows and of time, put together on `device`.
 
-    `new_cache(rows)` is an empty cache; `bytes_of(frames)` what a row of a piece needs. Pieces stay within `budget` bytes,
-    or are single frames of single rows."""
+    `new_cache(rows)` is an empty cache, `bytes_of(frames)` what a row of a piece needs. Pieces stay within
+    `budget` bytes, or are single frames of single rows."""
     frames = min(LONGEST, x.shape[1])
     while frames > 1 and bytes_of(frames) > budget:
         frames = -(-frames // 2)
@@ -222,22 +224,23 @@ def in_pieces(run: Callable[[Tensor, KVCache], Tensor], x: Tensor, new_cache: Ca
     return out
 
 # %% ../nbs/12_tokenizer.ipynb #fa13b1a7
-def coding_bytes(tokenizer: Tokenizer, transformer: BlockCausalTransformer, frames: int, itemsize: int) -> float:
-    "Bytes of a row while `frames` frames are encoded or decoded by a transformer of the tokenizer, at most."
-    c = tokenizer.config
-    pixels = c.channels * c.image ** 2
-    tokens = c.transformer.width * (c.n_latents + c.n_patches)
-    colours = c.scenes * c.channels * c.n_patches            # compared with every mean frame
-    return 4 * frames * (6 * pixels + 3 * tokens + 2 * colours) + inference_bytes(transformer, frames, itemsize)
+def coding_bytes(coder: BlockCausalTransformer, config: TokenizerConfig, frames: int,
+                 itemsize: int = 4) -> float:
+    "Bytes of a row, at most, while `frames` frames pass the encoder or the decoder, `coder`, of a tokenizer."
+    pixels = config.channels * config.image ** 2
+    tokens = config.transformer.width * (config.n_latents + config.n_patches)
+    colours = config.scenes * config.channels * config.n_patches            # compared with every mean frame
+    ends = 4 * frames * (6 * pixels + 3 * tokens + 2 * colours)
+    return ends + inference_bytes(coder, frames, itemsize)
 
 
 @torch.no_grad()
 def encode_stream(tokenizer: Tokenizer, frames: Tensor, budget: float | None = None) -> Tensor:
-    """Latents (b, t, n_latents, d_latent) of whole episodes, as `Tokenizer.encode` gives them, in memory that is bounded.
+    """Latents (b, t, n_latents, d_latent) of whole episodes, as from `Tokenizer.encode`, in bounded memory.
 
-    frames: uint8 (b, t, h, w, c) as stores hold them, or float (b, t, c, h, w) in [0, 1]; on any device, best the CPU.
-    budget: bytes that a piece may take, by default `memory_budget` of the tokenizer's device, where the latents are put.
-    Raises UserError for another shape."""
+    frames: uint8 (b, t, h, w, c) as stores hold them, or float (b, t, c, h, w) in [0, 1]; best on the CPU.
+    budget: bytes that a piece may take, by default `memory_budget` of the tokenizer's device; the latents are
+    on that device. Raises UserError for another shape."""
     c, device = tokenizer.config, tokenizer.mean_frame.device
     dtype = inference_dtype(device)
     if frames.dtype == torch.uint8:
@@ -249,21 +252,22 @@ def encode_stream(tokenizer: Tokenizer, frames: Tensor, budget: float | None = N
 
     with autocast(device, dtype):
         return in_pieces(run, frames, lambda rows: tokenizer.encoder.init_cache(rows, device, dtype),
-                         lambda n: coding_bytes(tokenizer, tokenizer.encoder, n, dtype.itemsize),
+                         lambda n: coding_bytes(tokenizer.encoder, c, n, dtype.itemsize),
                          memory_budget(device) if budget is None else budget, device)
 
 
 @torch.no_grad()
 def decode_stream(tokenizer: Tokenizer, latents: Tensor, budget: float | None = None) -> Tensor:
-    """Frames (b, t, c, h, w) float of the latents (b, t, n_latents, d_latent) of whole episodes, as `Tokenizer.decode` gives them.
+    """Frames (b, t, c, h, w), float, of whole episodes, as from `Tokenizer.decode`, in bounded memory.
 
-    budget: as for `encode_stream`. The frames are put on the CPU, since they take many times the memory of their latents."""
+    latents: (b, t, n_latents, d_latent). budget: as for `encode_stream`. The frames, which are large, are on
+    the CPU."""
     device = tokenizer.mean_frame.device
     dtype = inference_dtype(device)
     with autocast(device, dtype):
         return in_pieces(lambda piece, cache: tokenizer.decode(piece.to(device), cache=cache), latents,
                          lambda rows: tokenizer.decoder.init_cache(rows, device, dtype),
-                         lambda n: coding_bytes(tokenizer, tokenizer.decoder, n, dtype.itemsize),
+                         lambda n: coding_bytes(tokenizer.decoder, tokenizer.config, n, dtype.itemsize),
                          memory_budget(device) if budget is None else budget, torch.device("cpu"))
 
 # %% ../nbs/12_tokenizer.ipynb #cell-42
@@ -272,23 +276,29 @@ def deviation_weight(frames, mean_frame, std_frame, gain: float = 5.0, cap: floa
     return 1 + gain * ((frames - mean_frame).abs() / (std_frame + 0.03)).clamp(max=cap)
 
 # %% ../nbs/12_tokenizer.ipynb #cell-45
-def that_count(x: Tensor, valid: Tensor | None = None) -> Tensor:
-    "Frames x (b, t, ...) as (n, ...): all of them, or those where `valid` (b, t) is true."
+def valid_only(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    "The frames of x (b, t, ...) as (n, ...): all, or those where `valid` (b, t) is true."
     return x.flatten(0, 1) if valid is None else x[valid]
 
 
+def mean_of_valid(x: Tensor, valid: Tensor | None = None) -> Tensor:
+    "Mean of x (b, t, ...) over its frames, or over those where `valid` (b, t) is true."
+    return x.mean() if valid is None else x.flatten(2).mean(2)[valid].mean()
+
+
 def spread_error(latents: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
-    "Mean over channels of the distance between the standard deviation over a batch (b, t, n, d) and `target`; `valid` (b, t): what counts."
-    return (that_count(latents.float(), valid).std(0) - target).abs().mean()
+    """Mean over channels of the distance between the standard deviation over a batch and `target`.
+    latents: (b, t, n, d); valid: (b, t), the frames that count."""
+    return (valid_only(latents.float(), valid).std(0) - target).abs().mean()
 
 # %% ../nbs/12_tokenizer.ipynb #cell-47
 def change(latents: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean square of z_t − z_(t−1) over twice the variance, of latents (b, t, n, d): 0 for stills, about 1 for frames without relation.
-    `valid` (b, t): the frames that count. 0 where there is no pair of them."""
+    """Mean square of z_t − z_(t−1) over twice the variance: 0 for stills, about 1 without any relation.
+    latents: (b, t, n, d); valid: (b, t), the frames that count. 0 where there is no pair of them."""
     z = latents.float()
     pairs = None if valid is None else valid[:, 1:] & valid[:, :-1]
-    steps = that_count((z[:, 1:] - z[:, :-1]).square(), pairs)
-    return steps.mean() / (2 * that_count(z, valid).var(0).mean() + 1e-6) if len(steps) else z.new_zeros(())
+    steps = valid_only((z[:, 1:] - z[:, :-1]).square(), pairs)
+    return steps.mean() / (2 * valid_only(z, valid).var(0).mean() + 1e-6) if len(steps) else z.new_zeros(())
 
 # %% ../nbs/12_tokenizer.ipynb #cell-55
 def gradient_difference(recon, frames, scales: int = 2):
@@ -335,37 +345,43 @@ class PerceptualLoss:
         return self.net.to(recon.device)(recon, frames, normalize=True).mean()
 
 # %% ../nbs/12_tokenizer.ipynb #cell-60
-def tokenizer_loss(modules, batch: Batch, generator, perceptual: PerceptualLoss | None = None, n_perceptual: int = 8, part: int = 0):
+def tokenizer_loss(modules, batch: Batch, generator, perceptual: PerceptualLoss | None = None,
+                   n_perceptual: int = 8, part: int = 0):
     """Loss terms of one batch for `fit` (paper, section 3.1): the weighted squared error over all patches, masked or not,
     and the perceptual term on `n_perceptual` random frames of the batch; the plain squared error as PSNR in dB.
-    `part` of the training, 0 or 1, says how much `slowness` counts. Frames where `batch.valid` is false do not count."""
+    `part` of the training, 0 or 1, says how much `slowness` counts.
+    Frames that are not `batch.valid` do not count."""
     tokenizer, frames, valid = modules["tokenizer"], batch.frames, batch.valid
     c, scene = tokenizer.config, tokenizer.scene(frames)
     statistics = tokenizer.mean_frame[scene], tokenizer.std_frame[scene]
     recon, latents = tokenizer(frames, generator)
     error = (recon - frames) ** 2
     weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
-    squared = that_count(weight * error, valid).mean()
+    squared = mean_of_valid(weight * error, valid)
     own = 0.0
     if c.spread_weight:
         own = own + c.spread_weight * spread_error(latents, c.spread, valid)
     if c.slowness[part]:
-        settled = slice(min(c.transformer.context, latents.shape[1]) - 1, None)    # frames with a past as long as in use
-        own = own + c.slowness[part] * change(latents[:, settled], None if valid is None else valid[:, settled])
-    losses = {"mse": squared + own * squared.detach()}         # in units of the squared error, whatever its scale
+        first = min(c.transformer.context, latents.shape[1]) - 1    # with a past as long as in use
+        valid_settled = None if valid is None else valid[:, first:]
+        own = own + c.slowness[part] * change(latents[:, first:], valid_settled)
+    losses = {"mse": squared + own * squared.detach()}              # in units of the squared error
     if perceptual is not None:
-        drawn, true = that_count(recon, valid), that_count(frames, valid)
-        rows = torch.randperm(len(drawn), generator=generator, device=generator.device)[:n_perceptual].to(error.device)
-        losses["perceptual"] = perceptual(drawn[rows], true[rows])
-    return losses, {"psnr": -10 * torch.log10(that_count(error.detach(), valid).mean())}
+        n = frames.shape[:2].numel() if valid is None else int(valid.sum())
+        rows = torch.randperm(n, generator=generator, device=generator.device)[:n_perceptual].to(error.device)
+        if valid is not None:
+            rows = valid.flatten().nonzero()[rows, 0]
+        losses["perceptual"] = perceptual(recon.flatten(0, 1)[rows], frames.flatten(0, 1)[rows])
+    return losses, {"psnr": -10 * torch.log10(mean_of_valid(error.detach(), valid))}
 
 # %% ../nbs/12_tokenizer.ipynb #3c815dd1
 # The paper's objective: TokenizerConfig(**PLAIN_OBJECTIVE, ...), trained with perceptual=0.2 and settle=0.
-PLAIN_OBJECTIVE: dict = dict(gain=0.0, false_alarm=0.0, spread_weight=0.0, slowness=(0.0, 0.0), latent_noise=0.0)
+PLAIN_OBJECTIVE: dict = {"gain": 0.0, "false_alarm": 0.0, "spread_weight": 0.0,
+                         "slowness": (0.0, 0.0), "latent_noise": 0.0}
 
 # %% ../nbs/12_tokenizer.ipynb #cell-61
 def frame_statistics(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    "Mean and standard deviation a pixel (c, h, w) over the frames that count in some batches, summed clip by clip in float64."
+    "Mean and standard deviation a pixel (c, h, w) over the frames of batches that count, summed in float64."
     n, total, square = 0, 0.0, 0.0
     for batch in batches:
         for k, clip in enumerate(batch.frames):
@@ -377,21 +393,22 @@ def frame_statistics(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
 
 
 def settling_clips(config: TokenizerConfig, batch: int, length: int, settle: int) -> tuple[int, int]:
-    """Clips in a batch, and frames in a clip, of the second part of the training: as many frames as in the first.
-    UserError where a part has a single clip and a term that compares clips."""
+    """Clips in a batch, and frames in a clip, of the second part of the training.
+    UserError where a part has a single clip in a batch and a term that compares clips."""
     if settle < 0:
         raise UserError(f"settle is {settle}; give the number of steps of the second part, or 0 for none")
     long = config.transformer.context + 1
     clips = max(1, batch * length // long)
     parts = [(batch, "give a batch of 2 or more")]
     if settle:
-        parts.append((clips, f"give settle=0, or batch x length of {2 * long} or more (it is {batch * length})"))
+        needed = f"batch x length of {2 * long} or more (it is {batch * length})"
+        parts.append((clips, f"give settle=0, or {needed}"))
     for part, (n, remedy) in enumerate(parts):
         terms = {"spread_weight": config.spread_weight, f"slowness[{part}]": config.slowness[part]}
         on = [f"{name}={weight:g}" for name, weight in terms.items() if weight]
         if n < 2 and on:
-            raise UserError(f"{' and '.join(on)} compare the clips of a batch, and in part {part + 1} of the training there is only one; "
-                            f"{remedy}, or turn them off as PLAIN_OBJECTIVE does")
+            raise UserError(f"{' and '.join(on)} compare the clips of a batch, but in part {part + 1} of the "
+                            f"training it has one only; {remedy}, or turn this off as PLAIN_OBJECTIVE does")
     return clips, long
 
 # %% ../nbs/12_tokenizer.ipynb #c2d1376e
@@ -400,10 +417,10 @@ def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir,
     """Phase 1a: trains a tokenizer on the EpisodeStore with `fit`, batches of `batch` clips of `length` frames.
 
     `focus` is the share of clips drawn from before the first reward, `perceptual` the weight of the perceptual term (0: none).
-    After it come `settle` steps in which latents become slow (`config.slowness`), on as many frames in longer clips, saved apart:
-    to find small things many unrelated frames are best, to compare neighbours they must have a full past. With settle=0 there is no
-    such part, and the first one makes the tokenizer.
-    UserError for another number of scenes than of tasks, and for a single clip where clips are to be compared.
+    After it come `settle` steps in which latents become slow (`config.slowness`), on as many frames in longer
+    clips, saved apart: to find small things many unrelated frames are best, to compare neighbours they must
+    have a full past. With settle=0 there is no such part, and the first one makes the tokenizer.
+    UserError for another number of scenes than of tasks, and for a single clip where clips are compared.
     """
     clips, long = settling_clips(config, batch, length, settle)
     if config.scenes not in (1, len(store.tasks)):
@@ -412,12 +429,15 @@ def train_tokenizer(store, config: TokenizerConfig, train: TrainConfig, run_dir,
     tokenizer = Tokenizer(config)
     draw = partial(Windows, focus=focus, pad=True)
     windows = draw(store, length, batch, train.seed)
-    of_scenes = [windows] if config.scenes == 1 else [draw(store.of_task(task), length, batch, train.seed, memory=0) for task in store.tasks]
-    for k, source in enumerate(of_scenes):
-        tokenizer.mean_frame[k], tokenizer.std_frame[k] = frame_statistics(source(-1 - i) for i in range(32))
     parts = [("tokenizer", train.steps, windows)]
     if settle:
-        parts = [("tokenizer.draft", train.steps, windows), ("tokenizer", settle, draw(store, long, clips, train.seed + 1))]
+        slow_windows = draw(store, long, clips, train.seed + 1)
+        parts = [("tokenizer.draft", train.steps, windows), ("tokenizer", settle, slow_windows)]
+    scenes = [windows]
+    if config.scenes > 1:           # batches of all tasks may miss one
+        scenes = [draw(store.of_task(task), length, batch, train.seed, memory=0) for task in store.tasks]
+    for k, source in enumerate(scenes):
+        tokenizer.mean_frame[k], tokenizer.std_frame[k] = frame_statistics(source(-1 - i) for i in range(32))
     loss = partial(tokenizer_loss, perceptual=PerceptualLoss() if perceptual else None)
     weights = {"mse": 1.0, "perceptual": perceptual} if perceptual else {"mse": 1.0}
     for part, (name, steps, batches) in enumerate(parts):
@@ -439,7 +459,8 @@ def load_tokenizer(path=None) -> Tokenizer:
 
 
 def encode_store(store, tokenizer: Tokenizer, path, budget: float | None = None) -> LatentStore:
-    "Encodes every episode once, as one causal stream, in pieces of at most `budget` bytes (`encode_stream`); returns the LatentStore at `path`."
+    """Encodes every episode once, as one causal stream; returns the LatentStore at `path`.
+    budget: bytes that a piece of it may take, as for `encode_stream`."""
     return LatentStore.encode(store, partial(encode_stream, tokenizer, budget=budget), path)
 
 # %% ../nbs/12_tokenizer.ipynb #cell-65
@@ -456,12 +477,12 @@ def ball_kernel(radius: float = 1.5, ring: float = 3.0, size: int = 9, fine: int
 
 
 def _rescaled(pixels: Tensor, image: int, to: int) -> Tensor:
-    "Positions in an image of `image` pixels a side as positions in one of `to`; the middle of the first pixel is 0."
+    "Positions in an image of `image` pixels as positions in one of `to`; 0 is the middle of the first pixel."
     return pixels if image == to else (pixels + 0.5) * to / image - 0.5
 
 
 def ball_position(frames):
-    """Where the ball of ball_in_cup is in square frames (n, 3, h, w) in [0, 1]: pixel (x, y) (n, 2) of these frames and the score (n,).
+    """Where the ball of ball_in_cup is in square frames (n, 3, h, w) in [0, 1]: pixels (n, 2), scores (n,).
 
     Frames of another size are looked at as 64 x 64 pixels; below 48 there is too little of a ball to find.
     Orange is min(red, green) − blue (0.3 = the ball's own); the position is the peak of `ball_kernel` over it, to a
@@ -491,11 +512,12 @@ def ball_position(frames):
 
 
 def ball_metrics(frames, pixels, near: float = 3.0) -> dict[str, float]:
-    """How well square frames (n, 3, h, w) show the ball whose true pixels in them are `pixels` (n, 2), over those where it is in view.
+    """How well square frames (n, 3, h, w) show the ball, over those in which it is in view.
 
-    visible: share with a score of at least `BALL_SCORE` within `near` px of the truth. error_median, error_mean: px from
-    the truth to the best place in the whole image, ball or not. All distances are in pixels of a 64 x 64 image,
-    whatever the size of the frames, so that figures of different sizes compare.
+    pixels: where it truly is (n, 2), in pixels of these frames. visible: share with a score of at least
+    `BALL_SCORE` within `near` px of the truth. error_median, error_mean: px from the truth to the best place
+    in the whole image, ball or not. These px are those of a 64 x 64 image, whatever the size of the frames,
+    so that figures of different sizes compare.
     """
     pixels = torch.as_tensor(pixels, dtype=torch.float32)
     check_shape("pixels", pixels, "n k", n=len(frames), k=2)
@@ -545,8 +567,10 @@ def encode_episodes(tokenizer, store, frames: int, seed: int):
         x = torch.from_numpy(episode.frames)
         z = encode_stream(tokenizer, x[None])
         recon = decode_stream(tokenizer, z)[0]
-        known = episode.task.startswith("ball_in_cup") and episode.states.shape[1] > 0
-        pixels = torch.as_tensor(object_pixels(episode.task, episode.states, x.shape[2]), dtype=torch.float32) if known else None
+        pixels = None
+        if episode.task.startswith("ball_in_cup") and episode.states.shape[1] > 0:
+            pixels = object_pixels(episode.task, episode.states, x.shape[2])
+            pixels = torch.as_tensor(pixels, dtype=torch.float32)
         parts.append((to_float(x), recon, z[0].flatten(1).cpu(), pixels))
         n += len(x)
         if n >= frames:
@@ -561,11 +585,13 @@ def tokenizer_report(tokenizer: Tokenizer, store, train=None, frames: int = 2000
     `store` holds episodes the tokenizer was not trained on; the position probe is fitted on `train` (or, without it, on
     the first half of the frames). psnr, ssim, lpips where available; for ball_in_cup ball_visible, ball_error_median and
     ball_error_mean in px, probe_r2 and probe_error in px from the latents (its floor: always the mean position), and
-    "true_frames": the ball's figures on the frames themselves, the detector's own ceiling. All px are those of a 64 x 64 image.
+    "true_frames": the ball's figures on the frames themselves, the detector's own ceiling. A px is that of a
+    64 x 64 image.
     """
     x, recon, z, pixels = encode_episodes(tokenizer, store, frames, seed)
     device = tokenizer.mean_frame.device
-    mean = tokenizer.mean_frame.cpu()[torch.cat([tokenizer.scene(part.to(device)).cpu() for part in x.split(LONGEST)])]
+    scene = torch.cat([tokenizer.scene(part.to(device)).cpu() for part in x.split(LONGEST)])
+    mean = tokenizer.mean_frame.cpu()[scene]
     perceptual = PerceptualLoss("auto", quiet=True)
     report = {name: image_metrics(images, x, perceptual) for name, images in (("tokenizer", recon), ("mean_frame", mean))}
     if pixels is None:
