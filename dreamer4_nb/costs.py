@@ -456,9 +456,9 @@ def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int, 
     budget = lambda weights: (1e9 * m.memory - weights) / 2 if m.gpu else 2e9
 
     piece = min(LONGEST, frames)
-    while piece > 1 and coding_bytes(tokenizer, tokenizer.encoder, piece, a) > budget(of_tokenizer):
+    while piece > 1 and coding_bytes(tokenizer.encoder, tokenizer.config, piece, a) > budget(of_tokenizer):
         piece = -(-piece // 2)
-    coded = coding_bytes(tokenizer, tokenizer.encoder, piece, a)
+    coded = coding_bytes(tokenizer.encoder, tokenizer.config, piece, a)
     trained = 16 * (count_parameters(heads.policy) + count_parameters(heads.value)) + 2 * of_heads
     dreamt = stream_bytes(dynamics.transformer, shape.context, a) + (shape.generated + 1) * head_bytes(agent, a == 2)
     played = stream_bytes(dynamics.transformer, 1, a) + stream_bytes(tokenizer.encoder, 1, a)

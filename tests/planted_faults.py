@@ -1,14 +1,15 @@
-"""Plants faults in a copy of the package, one at a time, and says which tests notice. Run by hand, in 20 minutes.
+"""Plants faults in a copy of the package, one at a time, and says which tests notice. By hand, in 20 minutes:
 
-    python tests/planted_faults.py [--seed 0] [--number 48] [--only MODULE] [--jobs 2] [--skip TESTS] [--json FILE] [--list]
+    python tests/planted_faults.py [--seed 0] [--number 48] [--only MODULE] [--jobs 2] [--json FILE] [--list]
 
-Most faults are drawn by `random.Random(seed)`: a module, an operator ("off by one", "keyword forgotten", ...) and a
-place where it applies. The others are KNOWN: faults that once went unnoticed. Each is written into a copy of the
-package in a temporary folder. The fast tests run against that copy, those nearest to the module first, until one
-fails. A run past the time limit counts as caught. Notebooks take no part.
+Most faults are drawn by `random.Random(seed)`: a module, an operator ("off by one", "keyword forgotten", ...)
+and a place where it applies. The others are KNOWN: faults that once went unnoticed. Each is written into a copy of
+the package in a temporary folder. The fast tests run against that copy, those nearest to the module first, until
+one fails. A run past the time limit counts as caught. Notebooks take no part.
 
-Nothing is planted in defaults, in checks of what a user gives (`if ...: raise`), messages and type annotations, and
-in what only draws, prints or is called by notebooks alone (LEFT_OUT). What compiles to the same bytecode is no fault.
+Nothing is planted in defaults, in checks of what a user gives (`if ...: raise`), messages and annotations of types,
+and in what only draws, prints or is called by notebooks alone (LEFT_OUT). What compiles to the same bytecode is
+no fault.
 """
 import argparse
 import ast
@@ -53,8 +54,8 @@ NEAREST = {
     "chain": ["chain_wiring"],
 }
 LAST = ["stores", "endings", "costs", "scaling"]          # what is least likely to notice
-METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "tokenizer", "dynamics", "generation", "agent",
-          "imagination"]
+METHOD = ["flow", "shortcut", "forcing", "attention", "blocks",
+          "tokenizer", "dynamics", "generation", "agent", "imagination"]
 WIRING = ["training", "data", "evaluation", "study", "chain"]
 SLOW = {"cli", "sharding", "ddp", "ladder", "readme"}     # start processes, or read text only
 NOT_RUN = "not compile and not kill_at_any_moment and not pretend"
@@ -87,13 +88,16 @@ KNOWN = [
     ("dreams call an episode's first action known", "evaluation",
      r"(def dreams\(.*?torch\.arange\(length[^)]*\)) > 0", r"\1 >= 0"),
     ("the parts of a mixture share one seed", "data", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
-    ("the tokenizer's second part keeps the slowness of the first", "tokenizer", r"partial\(loss, part=part\)", "loss"),
+    ("the tokenizer's second part keeps the slowness of the first", "tokenizer",
+     r"partial\(loss, part=part\)", "loss"),
     ("video_loss forgets the bound of the bootstrap", "dynamics", r", c\.clip\b", ""),
     ("the first half step is told the whole step", "shortcut", r"f\((z_tau, i), j_half\)", r"f(\1, j)"),
-    ("the second half step is told the first one's level", "shortcut", r"f\((z_mid), i \+ half, ", r"f(\1, i, "),
+    ("the second half step is told the first one's level", "shortcut",
+     r"f\((z_mid), i \+ half, ", r"f(\1, i, "),
     ("latents do not look at the action", "dynamics", r"\(name, world\) for name in world",
      '(name, world[:-1] if name == "latent" else world) for name in world'),
-    ("the averaged weights are not the final ones", "training", r"local\(parameters\[key\]\)\.copy_\(local\(value\)\)", "pass"),
+    ("the averaged weights are not the final ones", "training",
+     r"local\(parameters\[key\]\)\.copy_\(local\(value\)\)", "pass"),
 ]
 
 
@@ -141,7 +145,8 @@ def called(node: ast.AST) -> str:
 
 def is_text(node: ast.AST) -> bool:
     "Whether a sum joins texts."
-    return any(isinstance(x, ast.JoinedStr) or isinstance(x, ast.Constant) and isinstance(x.value, str) for x in ast.walk(node))
+    parts = list(ast.walk(node))
+    return any(isinstance(x, ast.JoinedStr) or isinstance(getattr(x, "value", None), str) for x in parts)
 
 
 def arguments_swapped(node: ast.AST, scope: "Scope") -> Pairs:
@@ -153,16 +158,15 @@ def arguments_swapped(node: ast.AST, scope: "Scope") -> Pairs:
 
 
 def off_by_one(node: ast.AST, scope: "Scope") -> Pairs:
-    if isinstance(node, ast.Subscript) and not isinstance(node.slice, ast.Constant | ast.JoinedStr | ast.Name):
+    if isinstance(node, ast.Subscript):
         for part in node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]:
-            bounds = [part.lower, part.upper] if isinstance(part, ast.Slice) else []
-            for bound in bounds:
+            for bound in [part.lower, part.upper] if isinstance(part, ast.Slice) else []:
                 if bound is not None:
                     yield bound, plus(bound, 1)
             if isinstance(part, ast.BinOp) and isinstance(part.op, ast.Add | ast.Sub):
                 yield part, plus(part, 1)
-    if isinstance(node, ast.Subscript) and ast.unparse(node.slice).lstrip("-").isdigit():
-        yield node.slice, plus(node.slice, -1 if ast.unparse(node.slice).startswith("-") else 1)
+            if ast.unparse(part).lstrip("-").isdigit():
+                yield part, plus(part, -1 if ast.unparse(part).startswith("-") else 1)
     if called(node) in {"range", "arange"} and node.args:
         yield node.args[-1], plus(node.args[-1], -1)
 
@@ -177,8 +181,9 @@ def term_dropped(node: ast.AST, scope: "Scope") -> Pairs:
 def wrong_sign(node: ast.AST, scope: "Scope") -> Pairs:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add | ast.Sub) and not is_text(node):
         yield node, changed(node, op=ast.Sub() if isinstance(node.op, ast.Add) else ast.Add())
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub) and not isinstance(node.operand, ast.Constant):
-        yield node, node.operand
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        if not isinstance(node.operand, ast.Constant):
+            yield node, node.operand
 
 
 def wrong_argument(node: ast.AST, scope: "Scope") -> Pairs:
@@ -219,6 +224,11 @@ def constant(node: ast.AST, scope: "Scope") -> Pairs:
         yield node, ast.Constant(node.value + 1 if type(node.value) is int else 2 * node.value or 1.0)
 
 
+def swapped(pairs: list[tuple[str, str]]) -> dict[str, str]:
+    "Each name and the one it is taken for."
+    return dict(pairs) | {b: a for a, b in pairs}
+
+
 def renamed(node: ast.AST, names: dict[str, str]) -> Pairs:
     "A call of another function, or method, by name."
     if called(node) in names:
@@ -228,22 +238,22 @@ def renamed(node: ast.AST, names: dict[str, str]) -> Pairs:
 
 
 def mean_for_sum(node: ast.AST, scope: "Scope") -> Pairs:
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):      # `mean` may be a local function
-        yield from renamed(node, {"mean": "sum", "sum": "mean", "std": "var", "var": "std", "cumsum": "cumprod"})
+    if called(node) and isinstance(node.func, ast.Attribute):       # `mean` may be a local function
+        yield from renamed(node, swapped([("mean", "sum"), ("std", "var"), ("cumsum", "cumprod")]))
 
 
 def min_for_max(node: ast.AST, scope: "Scope") -> Pairs:
-    yield from renamed(node, {"min": "max", "max": "min", "minimum": "maximum", "maximum": "minimum", "amin": "amax",
-                              "amax": "amin", "argmax": "argmin", "argmin": "argmax", "any": "all", "all": "any",
-                              "floor": "ceil", "ceil": "floor"})
+    pairs = [("min", "max"), ("minimum", "maximum"), ("amin", "amax"), ("argmin", "argmax"), ("any", "all"),
+             ("floor", "ceil")]
+    yield from renamed(node, swapped(pairs))
     for keyword in getattr(node, "keywords", []):
         if called(node) == "clamp" and keyword.arg in ("min", "max"):
             yield keyword, changed(keyword, arg="max" if keyword.arg == "min" else "min")
 
 
-DIMENSIONED = {"sum", "mean", "cat", "stack", "flatten", "softmax", "log_softmax", "chunk", "split", "argmax", "argmin", "any",
-               "all", "max", "min", "roll", "std", "var", "unflatten", "cumsum", "unsqueeze", "transpose", "repeat_interleave",
-               "index_copy_", "diff", "norm", "unbind", "sort", "movedim", "concatenate"}
+DIMENSIONED = set("""sum mean cat stack flatten softmax log_softmax chunk split argmax argmin any all max min
+    roll std var unflatten cumsum unsqueeze transpose repeat_interleave index_copy_ diff norm unbind sort movedim
+    concatenate""".split())
 
 
 def dimension(node: ast.AST, scope: "Scope") -> Pairs:
@@ -267,51 +277,58 @@ def keyword_forgotten(node: ast.AST, scope: "Scope") -> Pairs:
                 yield node, changed(node, keywords=node.keywords[:k] + node.keywords[k + 1:])
 
 
+KEEPS_SHAPE = set("""detach clamp clone copy eval square sqrt abs softmax log_softmax sigmoid exp flip roll tanh
+    tril requires_grad_ masked_fill expand clip""".split())
+
+
 def method_forgotten(node: ast.AST, scope: "Scope") -> Pairs:
-    kept = {"detach", "clamp", "clone", "copy", "eval", "square", "sqrt", "abs", "softmax", "log_softmax", "sigmoid", "exp",
-            "flip", "roll", "tanh", "tril", "requires_grad_", "masked_fill", "expand", "clip"}
-    if called(node) in kept and isinstance(node.func, ast.Attribute) and not isinstance(node.func.value, ast.Name | ast.Call):
-        yield node, node.func.value
-    if called(node) in kept and isinstance(node.func, ast.Attribute) and isinstance(node.func.value, ast.Name | ast.Call):
+    if called(node) in KEEPS_SHAPE and isinstance(node.func, ast.Attribute):
         if ast.unparse(node.func.value) not in ("torch", "F", "np", "copy", "math", "nn"):
             yield node, node.func.value
 
 
 OPERATORS = {f.__name__.replace("_", " "): f for f in (
-    arguments_swapped, off_by_one, term_dropped, wrong_sign, wrong_argument, call_skipped, boundary, and_for_or, constant,
-    mean_for_sum, min_for_max, dimension, true_for_false, keyword_forgotten, method_forgotten)}
+    arguments_swapped, off_by_one, term_dropped, wrong_sign, wrong_argument, call_skipped, boundary,
+    and_for_or, constant, mean_for_sum, min_for_max, dimension, true_for_false, keyword_forgotten, method_forgotten)}
 
 
 class Scope:
-    "What a function knows: its names, the line each is known from, attributes that the module reads of each name, indices."
+    """What a function knows: its `locals`, the line `since` which each is known, the `attributes` that it reads
+    of each name, and the nodes that are part of `indices` or dimensions."""
 
-    def __init__(self, function: ast.FunctionDef, tree: ast.Module):
+    def __init__(self, function: ast.FunctionDef):
         arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
         self.since = {a.arg: 0 for a in arguments if a.arg not in ("self", "cls", "ctx")}
         for node in ast.walk(function):
             if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and node.id != "_":
                 self.since.setdefault(node.id, node.lineno)
         self.locals = set(self.since)
-        self.attributes, methods = {}, {id(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
-        for node in ast.walk(function):
+        self.attributes = {name: set() for name in self.locals}
+        nodes = list(ast.walk(function))
+        methods = {id(n.func) for n in nodes if isinstance(n, ast.Call)}
+        for node in nodes:
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 found = self.attributes.setdefault(node.value.id, set())
                 if id(node) not in methods:
                     found.add(node.attr)
-        subscripts = [n.slice for n in ast.walk(function) if isinstance(n, ast.Subscript)]
-        dimensioned = [n for n in ast.walk(function) if isinstance(n, ast.Call) and called(n) in DIMENSIONED]
-        self.indices = {x for s in subscripts for x in ast.walk(s)} | {x for c in dimensioned for a in c.args for x in ast.walk(a)}
+        places = [n.slice for n in nodes if isinstance(n, ast.Subscript)]
+        places += [a for n in nodes if called(n) in DIMENSIONED for a in n.args]
+        self.indices = {x for place in places for x in ast.walk(place)}
+
+
+LEFT_ALONE = (ast.Raise, ast.Assert, ast.JoinedStr, ast.ExceptHandler, ast.arguments, ast.Import,
+              ast.ImportFrom)
 
 
 def nodes_of(node: ast.AST) -> Iterator[ast.AST]:
     "The nodes of a function's body where a fault may be planted, parents first."
     for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Raise | ast.Assert | ast.JoinedStr | ast.ExceptHandler | ast.arguments | ast.Import | ast.ImportFrom):
+        if isinstance(child, LEFT_ALONE):
             continue
         if isinstance(child, ast.If) and isinstance(child.body[0], ast.Raise) and not child.orelse:
             continue
         said = child.value if isinstance(child, ast.Expr) else child
-        if called(said) in SAID or isinstance(said, ast.Call) and ast.unparse(said).startswith(("bar.", "warnings.")):
+        if called(said) in SAID or called(said) and ast.unparse(said).startswith(("bar.", "warnings.")):
             continue
         if isinstance(child, ast.FunctionDef):
             yield from nodes_of(ast.Module(child.body, []))
@@ -359,17 +376,15 @@ def places(module: str, source: str) -> dict[str, list[tuple[ast.AST, ast.AST]]]
     "For every operator that applies somewhere in the module, the nodes and what may take their place."
     tree, found = ast.parse(source), {}
     for function in functions_of(tree, LEFT_OUT.get(module, set()) | ALWAYS_LEFT_OUT):
-        scope = Scope(function, tree)
-        scope.attributes = {**{n: set() for n in scope.locals}, **scope.attributes}
-        body = [n for n in nodes_of(ast.Module([function], [])) if hasattr(n, "lineno") or isinstance(n, ast.keyword)]
-        for node in body:
+        scope = Scope(function)
+        for node in nodes_of(ast.Module([function], [])):
             for name, operator in OPERATORS.items():
                 found.setdefault(name, []).extend(operator(node, scope))
     return {name: pairs for name, pairs in found.items() if pairs}
 
 
 def draw(modules: list[str], sources: dict[str, str], number: int, seed: int) -> list[Fault]:
-    "So many faults: the modules in turn (those of the method twice as often), an operator, and a line not changed yet."
+    "So many faults: modules in turn, those of the method twice as often; an operator; a line without it yet."
     rng, faults, used = random.Random(seed), [], set()
     sites = {module: places(module, sources[module]) for module in modules}
     originals = {module: bytecode(sources[module]) for module in modules}
@@ -397,20 +412,21 @@ def draw(modules: list[str], sources: dict[str, str], number: int, seed: int) ->
 
 
 def known(sources: dict[str, str]) -> list[Fault]:
-    "The faults of KNOWN. `SystemExit` names a pattern that does not fit exactly once, or no longer makes Python."
+    "The faults of KNOWN. `SystemExit` names one that does not fit exactly once, or no longer makes Python."
     faults = []
     for what, module, pattern, by in KNOWN:
         found = list(re.finditer(pattern, sources[module], re.DOTALL))
         if len(found) != 1:
-            sys.exit(f"the known fault '{what}' fits {len(found)} places of {module}.py; correct its pattern in KNOWN")
+            sys.exit(f"the known fault '{what}' fits {len(found)} places of {module}.py; correct it in KNOWN")
         match = found[0]
         line = sources[module][:match.end()].rstrip("\n").count("\n") + 1
         source = sources[module][:match.start()] + match.expand(by) + sources[module][match.end():]
         try:
             compile(source, module, "exec")
         except SyntaxError as error:
-            sys.exit(f"with the known fault '{what}' {module}.py is no Python ({error}); correct its pattern in KNOWN")
-        faults.append(Fault(module, line, "known", match.group().strip(), match.expand(by).strip(), source, what))
+            sys.exit(f"with the known fault '{what}' {module}.py is no Python ({error}); correct it in KNOWN")
+        before, after = match.group().strip(), match.expand(by).strip()
+        faults.append(Fault(module, line, "known", before, after, source, what))
     return faults
 
 
@@ -500,7 +516,7 @@ def tested(original: Path, fault: Fault | None, limit: float) -> tuple[str, str,
 
 
 def check_baseline(original: Path) -> float:
-    "Seconds that the tests take without a fault. `SystemExit` if one fails, or if the copy is not what is imported."
+    "Seconds that the tests take without a fault. `SystemExit` if one fails, or if the copy is not imported."
     _, output = run([sys.executable, "-c", f"import {PACKAGE}; print({PACKAGE}.__file__)"], original, 60)
     if not output.startswith(str(original)):
         sys.exit(f"{PACKAGE} is imported from {output.strip()}, not from the copy in {original}")
@@ -561,11 +577,13 @@ def main() -> None:
     print("\n".join(map(line_of, survivors)) or "none")
     by_module = {m: [f for f in faults if f.module == m] for m in modules}
     caught = {m: Counter(f.outcome for f in found)["caught"] for m, found in by_module.items()}
-    print("\ncaught by module: " + ", ".join(f"{m} {caught[m]}/{len(found)}" for m, found in by_module.items()))
+    shares = [f"{module} {caught[module]}/{len(found)}" for module, found in by_module.items()]
+    print("\ncaught by module: " + ", ".join(shares))
     if options.json:
         rows = [{k: v for k, v in asdict(fault).items() if k != "source"} for fault in faults]
         totals = {"faults": len(faults), "caught": len(faults) - len(survivors)}
-        options.json.write_text(json.dumps({"seed": options.seed, "totals": totals, "faults": rows}, indent=1) + "\n")
+        found = {"seed": options.seed, "totals": totals, "faults": rows}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

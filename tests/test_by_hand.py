@@ -1,19 +1,29 @@
 "Formulas worked out again, slowly: the objective, its draws and samplers, attention, the steps of the optimiser."
+import copy
 import itertools
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from dreamer4_nb.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
 from dreamer4_nb.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm, segment_mask,
                                    time_mask)
+from dreamer4_nb.data import Batch
+from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.flow import expand_as, interpolate, noise_like, velocity_from_x
 from dreamer4_nb.forcing import Schedule, forcing_loss, noise_context, sample_sequence
+from dreamer4_nb.generation import WorldModel
+from dreamer4_nb.imagination import ImaginationConfig, imagination_loss, imagine
 from dreamer4_nb.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
-from dreamer4_nb.training import LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable, summarise, training_only
+from dreamer4_nb.tokenizer import (Tokenizer, TokenizerConfig, change, deviation_weight, gradient_difference,
+                                   spread_error, tokenizer_loss)
+from dreamer4_nb.training import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable, summarise,
+                                  training_only)
 
 
 def generator(seed=0):
@@ -280,3 +290,160 @@ def test_what_is_logged_is_the_mean_over_the_steps_since():
     measured = [({"loss": torch.tensor(x)}, {"size": torch.tensor(2 * x)} if x < 3 else {}) for x in (1.0, 2.0, 6.0)]
     assert summarise("toy", measured, 3) == {"loss": 3.0, "size": 3.0}
     assert np.isclose(summarise("toy", measured[:1], 1)["size"], 2)
+
+
+# The tokenizer's terms
+
+def test_pixels_that_deviate_count_more():
+    frames, mean, std = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.2, 0.4, 0.1]), torch.tensor([0.1, 0.02, 0.0])
+    wanted = [1.0, 1 + 3 * 0.1 / 0.05, 1 + 3 * 7.0]
+    assert deviation_weight(frames, mean, std, gain=3.0, cap=7.0).tolist() == pytest.approx(wanted)
+
+
+def frames_that_count(x, valid):
+    return [x[b, t].flatten().tolist() for b in range(len(x)) for t in range(x.shape[1]) if valid[b, t]]
+
+
+def spread(values):
+    "The standard deviation of numbers, with n - 1."
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((x - mean) ** 2 for x in values) / (len(values) - 1))
+
+
+def test_spread_and_change_of_latents():
+    z = torch.randn(3, 5, 2, 2, generator=generator()) * torch.tensor([[0.1, 1.0], [2.0, 0.5]])
+    cut = torch.tensor([[True] * 5, [True] * 3 + [False] * 2, [True] + [False] * 4])
+    for valid in (torch.ones(3, 5, dtype=torch.bool), cut):
+        rows = frames_that_count(z, valid)
+        spreads = [spread(channel) for channel in zip(*rows)]
+        given = None if valid.all() else valid
+        assert spread_error(z, 0.4, given).item() == pytest.approx(sum(abs(s - 0.4) for s in spreads) / 4, rel=1e-5)
+        steps = [x for b in range(3) for t in range(1, 5) if valid[b, t] and valid[b, t - 1]
+                 for x in (z[b, t] - z[b, t - 1]).flatten().tolist()]
+        variance = sum(s * s for s in spreads) / 4
+        assert change(z, given).item() == pytest.approx(sum(x * x for x in steps) / len(steps) / (2 * variance), rel=1e-4)
+    assert change(z[:, :1]) == 0 and change(z[:, :1].expand(3, 5, 2, 2)) == 0
+
+
+def test_images_differ_in_their_gradients():
+    x = torch.rand(2, 3, 8, 8, generator=generator())
+    total = []
+    for size in (8, 4):
+        pixels = x.reshape(2, 3, size, 8 // size, size, 8 // size).mean((3, 5)).numpy()
+        total.append((np.diff(pixels, axis=3) ** 2).mean() + (np.diff(pixels, axis=2) ** 2).mean())
+    assert gradient_difference(x + 0.3, torch.zeros(2, 3, 8, 8) + 0.1).item() == pytest.approx(sum(total) / 4, rel=1e-4)
+
+
+@pytest.mark.parametrize("part", [0, 1])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_tokenizers_loss_is_the_sum_of_its_terms(part, padded):
+    torch.manual_seed(0)
+    thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=3)
+    config = TokenizerConfig(image=16, n_latents=2, d_latent=4, slowness=(0.2, 0.7), gain=2.0, false_alarm=0.3, spread=0.4, transformer=thin)
+    model = Tokenizer(config)
+    nn.init.normal_(model.to_patch.weight, std=0.3)
+    model.mean_frame.uniform_()
+    model.std_frame.uniform_()
+    frames, valid = torch.rand(3, 6, 3, 16, 16, generator=generator(1)), torch.ones(3, 6, dtype=torch.bool)
+    valid[1:, 4:] = not padded
+    batch = SimpleNamespace(frames=frames, valid=valid if padded else None)
+    losses, metrics = tokenizer_loss({"tokenizer": model}, batch, generator(2), gradient_difference, 4, part)
+    g = generator(2)
+    recon, latents = model(frames, g)
+    mean, std = model.mean_frame[0], model.std_frame[0]
+    error = (recon - frames).square()
+    alarm = deviation_weight(recon, mean, std, 2.0) - 1
+    squared = ((deviation_weight(frames, mean, std, 2.0) + 0.3 * alarm) * error)[valid].mean().item()
+    own = 3 * spread_error(latents, 0.4, valid) + config.slowness[part] * change(latents[:, 2:], valid[:, 2:])
+    assert losses["mse"].item() == pytest.approx(squared * (1 + own.item()), rel=1e-4)
+    rows = torch.randperm(int(valid.sum()), generator=g)[:4]
+    assert losses["perceptual"].item() == pytest.approx(gradient_difference(recon[valid][rows], frames[valid][rows]).item(), rel=1e-4)
+    assert metrics["psnr"].item() == pytest.approx(-10 * math.log10(error[valid].mean().item()), rel=1e-4)
+
+
+# Phases 2 and 3
+
+def make_agent():
+    "A small world and heads whose outputs are not near zero."
+    torch.manual_seed(0)
+    thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
+    world = Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=thin))
+    heads = AgentHeads(AgentConfig(width=32, hidden=16, mtp=2, tasks=("one", "two")))
+    for layer in (world.to_latent, heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1]):
+        nn.init.normal_(layer.weight, std=0.3)
+    return world, heads.eval()
+
+
+def make_batch(b=4, t=5):
+    g = generator(1)
+    uniform = lambda *shape: torch.rand(*shape, generator=g) * 2 - 1
+    return Batch(frames=None, latents=uniform(b, t, 4, 6), actions=uniform(b, t, 2), action_known=torch.ones(b, t, dtype=torch.bool),
+                 intended=uniform(b, t, 2), rewards=uniform(b, t), continues=torch.rand(b, t, generator=g).round(),
+                 task=torch.arange(b) % 2, relevant=torch.arange(b) < b // 2)
+
+
+def test_phase_2_scores_every_head_at_its_distances():
+    world, heads = make_agent()
+    batch, modules = make_batch(), {"dynamics": world, "heads": heads}
+    with torch.no_grad():
+        losses, metrics = agent_loss(modules, batch, generator(2))
+        h, _, _ = read_agent(modules, batch, generator(2))
+    assert h.shape == (4, 5, 1, 32)
+    found = {"cloning": [], "reward": [], "continue": [], "cloning_next": []}
+    for b, t, n in itertools.product(range(4), range(5), range(3)):
+        now = h[b, t]
+        if t + n < 5:
+            shares = two_hot(batch.rewards[b, t + n], heads.reward.bins)
+            logits = heads.reward.logits(now)[n]
+            found["reward"].append(-(shares * logits.log_softmax(-1)).sum().item())
+            chance = heads.continue_logits(now)[n].sigmoid().item()
+            found["continue"].append(-math.log(chance if batch.continues[b, t + n] else 1 - chance))
+        if t + 1 + n < 5 and batch.relevant[b]:
+            logits = heads.policy.parameters_of(now)[n].log_softmax(-1)
+            shares = two_hot(batch.intended[b, t + 1 + n], torch.linspace(-1, 1, 21))
+            found["cloning"].append(-(shares * logits).sum().item())
+            if n == 0:
+                found["cloning_next"].append(found["cloning"][-1])
+    for name, values in found.items():
+        value = metrics[name] if name == "cloning_next" else losses[name]
+        assert value.item() == pytest.approx(sum(values) / len(values), rel=1e-4), name
+
+
+def test_phase_3_scores_every_step_of_its_dreams():
+    "A step counts by the chance that the episode still goes on there."
+    dynamics, heads = make_agent()
+    thin = dynamics.config.transformer
+    world = WorldModel(Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=thin)), dynamics).eval()
+    modules = {"policy": copy.deepcopy(heads.policy), "value": copy.deepcopy(heads.value)}
+    with torch.no_grad():
+        for p in itertools.chain(*(module.parameters() for module in modules.values())):
+            p.add_(0.1 * torch.randn(p.shape, generator=generator(p.numel())))
+    config, batch = ImaginationConfig(context=3, horizon=4, gamma=0.9, lam=0.8, alpha=0.4, beta=0.6), make_batch()
+    with torch.no_grad():
+        losses, metrics = imagination_loss(world, heads, config)(modules, batch, generator(2))
+        dream = imagine(world, heads, modules["policy"], batch, config, generator(2))
+        h, value, policy = dream["h"], modules["value"], modules["policy"]
+        returns, good, bad, pulls, values = [], [], [], [], []
+        for b in range(4):
+            after, backwards = value(h[b, 4]).item(), []
+            for t in reversed(range(4)):
+                goes_on, v = dream["continues"][b, t].item(), value(h[b, t + 1]).item()
+                after = dream["rewards"][b, t].item() + 0.9 * goes_on * (0.2 * v + 0.8 * after)
+                backwards.append(after)
+            weight = batch.continues[b, 2].item()
+            for t, result in enumerate(reversed(backwards)):
+                now, before = (p.parameters_of(h[b, t])[0].log_softmax(-1) for p in (policy, heads.policy))
+                shares = two_hot(dream["actions"][b, t], torch.linspace(-1, 1, 21))
+                score = (shares * now).sum().item()
+                (good if result >= value(h[b, t]).item() else bad).append((weight, score))
+                pulls.append((weight, (now.exp() * (now - before)).sum().item()))
+                own = two_hot(torch.tensor(result), value.bins)
+                values.append((weight, -(own * value.logits(h[b, t])[0].log_softmax(-1)).sum().item()))
+                returns.append(result)
+                weight *= dream["continues"][b, t].item()
+    mean = lambda pairs: sum(w * x for w, x in pairs) / max(1, sum(w for w, _ in pairs))
+    assert good and bad
+    assert losses["policy"].item() == pytest.approx(0.6 * mean(bad) - 0.4 * mean(good) + 0.6 * mean(pulls), rel=1e-3)
+    assert losses["value"].item() == pytest.approx(mean(values), rel=1e-4)
+    assert metrics["return"].item() == pytest.approx(sum(returns) / 16, rel=1e-4, abs=1e-5)
+    assert metrics["positive"].item() == pytest.approx(len(good) / 16)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer4_nb import agent, attention, dynamics, forcing, imagination, tokenizer
+from dreamer4_nb import agent, attention, dynamics, forcing, generation, imagination, tokenizer
 from dreamer4_nb.agent import AgentConfig, AgentHeads, Policy, load_agent, only_live, train_agent
 from dreamer4_nb.attention import TransformerConfig
 from dreamer4_nb.core import load_checkpoint, step_generator
@@ -216,6 +216,39 @@ def test_a_report_dreams_its_windows_and_then_under_another_windows_actions(stor
     rows = [np.flatnonzero([torch.equal(windows.at(k).actions[0, 1:], row[1:]) for k in range(windows.n_windows)]) for row in true]
     assert [len(row) for row in rows] == [1, 1, 1] and torch.equal(known[:, 0], torch.as_tensor(windows.offset[np.concatenate(rows)] > 0))
     assert torch.equal(shuffled[:, :3], true[:, :3]) and torch.equal(shuffled[:, 3:], true[:, 3:].roll(1, 0))
+
+
+def test_a_report_measures_the_ball_where_it_is_at_that_frame(tmp_path, monkeypatch):
+    "The last frame before the dream, copied, is as far off as the ball has moved since; the ball's pixel stands for its state."
+    shape = dict(transformer=THIN, image=64, patch=16, n_latents=4, d_latent=6)
+    world = WorldModel(Tokenizer(TokenizerConfig(**shape)), make_world().dynamics).eval()
+    at = np.stack([10 + 5.0 * np.arange(9), 50 - 3.0 * np.arange(9)], 1)
+    v, u = np.mgrid[:64, :64]
+    dark, orange = np.array([33, 51, 77]), np.array([242, 148, 71])
+    cover = [np.clip(2 - np.hypot(u - x, v - y), 0, 1)[..., None] for x, y in at]
+    frames = np.stack([dark + c * (orange - dark) for c in cover]).round().astype(np.uint8)
+    task = "ball_in_cup-catch"
+    store = EpisodeStore.create(tmp_path / "frames.zarr", task, 2, (64, 64, 3), state_dim=2)
+    store.extend([Episode(actions=np.zeros((9, 2)), rewards=np.zeros(9), frames=frames, states=at + k, task=task) for k in (0, 1)])
+    store = store.finish()
+    latents = encode_store(store, world.tokenizer, tmp_path / "latents.zarr")
+    monkeypatch.setattr(generation, "object_pixels", lambda task, states, *image: states - (states[..., :1] - 10) % 5)
+    found = rollout_report(world, store, latents, prefix=3, length=9, windows=2)["per_step"]["copy_last"]
+    wanted = [np.hypot(5, 3) * (k + 1) for k in range(6)]
+    assert found["ball_error"] == pytest.approx(wanted, abs=0.4) and found["ball_error_median"] == pytest.approx(wanted, abs=0.4)
+    assert found["ball_visible"] == [0.0] * 6 and found["ball_shown"] == [1.0] * 6
+
+
+def test_what_a_stream_remembers_has_no_gradient():
+    model = make_world().dynamics
+    g, cache = torch.Generator().manual_seed(0), model.init_cache(2)
+    for t in (2, 1):
+        index = torch.full((2, t), 3)
+        z = torch.randn(2, t, 2, 12, generator=g).requires_grad_()
+        known = torch.ones(2, t, dtype=torch.bool)
+        x_hat, _ = model(z, index, index, torch.randn(2, t, 2, generator=g), known, torch.zeros(2, 1, 32), cache=cache)
+        assert x_hat.requires_grad and not any(ring.requires_grad for ring in cache.keys + cache.values)
+    assert cache.length == 3
 
 
 # What each phase trains on
