@@ -2,6 +2,7 @@
 
 `install()` before dreamer4_nb is imported. A stand-in can be imported, named in annotations and inherited
 from; whoever calls it gets an error that names it."""
+import importlib
 import importlib.metadata
 import sys
 import types
@@ -58,13 +59,10 @@ class QuietWriter:
 
 
 def version(name: str, known=importlib.metadata.version) -> str:
-    "Of a package; this one may be a folder that was never installed."
-    try:
-        return known(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name != "dreamer4_nb":
-            raise
-        return "not installed"
+    "Of a package; dreamer4_nb may be a folder that was never installed."
+    if name == "dreamer4_nb":
+        return importlib.import_module(name).__version__
+    return known(name)
 
 
 def install() -> None:
