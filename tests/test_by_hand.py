@@ -115,7 +115,7 @@ def toy_answer(z, i, j):
 @pytest.mark.parametrize("share, p_context", [(0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.5, 0.4)])
 def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
     """From what the network is shown: noise and data at the level it is told. A frame at d_min is scored
-    against the data, every other against two half steps, clipped. Each group's mean, and their plain errors."""
+    against the data, every other against two half steps, clipped. Each group's mean and plain errors."""
     schedule, clip = Schedule(k_max=8, steps=4, tau_ctx=0.8), 0.9
     z1, calls = torch.randn(8, 6, 3, 4, generator=generator(1)), []
 

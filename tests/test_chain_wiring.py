@@ -211,7 +211,7 @@ def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
     finally:
         os.utime(weights, (stamp, stamp))
     assert len(calls) == 4
-    assert all(isinstance(args[0], Policy) for _, args, _ in calls)         # the random one is as old as before
+    assert all(isinstance(args[0], Policy) for _, args, _ in calls)     # the random one is as old as before
 
 
 def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, monkeypatch):
