@@ -189,6 +189,13 @@ def by_film_of_a_policy(world, store, latents, first):
     return torch.as_tensor(episode.actions[:6])[None]
 
 
+def by_film_of_a_narrow_task(world, store, latents, first):
+    episode = store.episode(1)
+    policy = Policy(world, make_heads(action_dims=(2, 1)), task=1)
+    beside_dream(policy, episode.frames[:6], episode.actions[1:6, :1], prefix=3)
+    return torch.as_tensor(episode.actions[:6] * [1, 0], dtype=torch.float32)[None]     # the rest is zero
+
+
 def by_films(world, store, latents, first):
     store = store.subset([3])
     dreams(world, store, prefix=3, length=6, n=2)
@@ -196,8 +203,8 @@ def by_films(world, store, latents, first):
 
 
 INSIDE = [by_rollout, by_imagine, by_environment]       # those that can begin inside an episode
-BEGINNINGS = [(f, True) for f in (*INSIDE, by_policy, by_film_of_a_policy, by_films)]
-BEGINNINGS += [(f, False) for f in INSIDE]
+AT_FIRST = [*INSIDE, by_policy, by_film_of_a_policy, by_film_of_a_narrow_task, by_films]
+BEGINNINGS = [(f, True) for f in AT_FIRST] + [(f, False) for f in INSIDE]
 
 
 @pytest.mark.parametrize("dream, first", BEGINNINGS)
