@@ -368,8 +368,8 @@ def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainCo
     Half of the rows are relevant (expert and medium episodes), half uniform over the LatentStore.
     Cloning weighs 4: divided by its own size it would hardly move the trunk, for most of it is the noise of the labels.
     `labels`: which actions are cloned, those that the demonstrator "intended" or those that were "executed".
-    The reward head reaches the largest reward of the data. UserError for other labels, or if the heads' width or action_dim
-    is not that of the dynamics.
+    The reward head reaches the largest reward of the data. UserError for other labels, if the heads' width or action_dim
+    is not that of the dynamics, and for keys ("bernoulli") where the data has other actions than 0 and 1.
     """
     c = dynamics.config
     if labels not in ("intended", "executed"):
@@ -377,6 +377,10 @@ def train_agent(latents, dynamics: Dynamics, config: AgentConfig, train: TrainCo
     if (config.width, config.action_dim) != (c.transformer.width, c.action_dim):
         raise UserError(f"the agent has width {config.width} and {config.action_dim} action dimensions, the dynamics "
                         f"{c.transformer.width} and {c.action_dim}; give AgentConfig those of the dynamics")
+    cloned = latents.column("intended" if labels == "intended" else "actions")
+    if config.policy == "bernoulli" and not np.isin(cloned, (0, 1)).all():
+        raise UserError(f"policy 'bernoulli' is for keys, pressed (1) or not (0), and the data has actions from {cloned.min():.2g} to "
+                        f"{cloned.max():.2g}; choose 'categorical' or 'gaussian'")
     seed_everything(train.seed)
     state = dynamics.state_dict()
     dynamics = Dynamics(replace(dynamics.config, n_agent=config.n_agent))

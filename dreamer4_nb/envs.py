@@ -148,6 +148,8 @@ def _renderer(task: str, image: int) -> mujoco.Renderer:
     model = _compiled(task).physics.model.ptr
     model.light_castshadow[:] = 0
     model.vis.quality.offsamples = 0
+    buffer = model.vis.global_
+    buffer.offwidth, buffer.offheight = max(buffer.offwidth, image), max(buffer.offheight, image)
     try:
         renderer = mujoco.Renderer(model, image, image)
     except Exception as error:      # each backend fails in its own way

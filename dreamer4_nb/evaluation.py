@@ -262,8 +262,10 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     """The real episode beside the policy's dream of it: (t, h, 2w + 2, c) uint8.
 
     frames (t, h, w, c) uint8 and actions (t − 1, a) of one episode. The dream sees the first `prefix` frames, then only the
-    actions, which are those of the real episode; a white bar under the right half marks the frames it was shown.
+    actions, which are those of the real episode; a white bar under the right half marks the frames it was shown. Of an
+    episode that is shorter it sees all frames but the last.
     """
+    prefix = min(prefix, len(frames) - 1)
     device = policy.world.device
     led_to = torch.zeros(len(frames), policy.heads.config.action_dim, device=device)
     led_to[1:, :actions.shape[-1]] = torch.as_tensor(actions, dtype=torch.float32)

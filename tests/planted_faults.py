@@ -3,13 +3,13 @@
     python tests/planted_faults.py [--seed 0] [--number 48] [--only MODULE] [--jobs 2] [--json FILE] [--list]
 
 Most faults are drawn by `random.Random(seed)`: a module, an operator ("off by one", "keyword forgotten", ...)
-and a place where it applies. The others are KNOWN: faults that once went unnoticed. Each is written into a copy of
-the package in a temporary folder. The fast tests run against that copy, those nearest to the module first, until
-one fails. A run past the time limit counts as caught. Notebooks take no part.
+and a place where it applies. The others are KNOWN: faults that once went unnoticed. Each is written into a
+copy of the package in a temporary folder. The fast tests run against that copy, those nearest to the module
+first, until one fails. A run past the time limit counts as caught. Notebooks take no part.
 
-Nothing is planted in defaults, in checks of what a user gives (`if ...: raise`), messages and annotations of types,
-and in what only draws, prints or is called by notebooks alone (LEFT_OUT). What compiles to the same bytecode is
-no fault.
+Nothing is planted in defaults, in checks of what a user gives (`if ...: raise`), in messages and annotations,
+and in what only draws, prints or is called by notebooks alone (LEFT_OUT). What compiles to the same bytecode
+is no fault.
 """
 import argparse
 import ast
@@ -252,8 +252,8 @@ def min_for_max(node: ast.AST, scope: "Scope") -> Pairs:
 
 
 DIMENSIONED = set("""sum mean cat stack flatten softmax log_softmax chunk split argmax argmin any all max min
-    roll std var unflatten cumsum unsqueeze transpose repeat_interleave index_copy_ diff norm unbind sort movedim
-    concatenate""".split())
+    roll std var unflatten cumsum unsqueeze transpose repeat_interleave index_copy_ diff norm unbind sort
+    movedim concatenate""".split())
 
 
 def dimension(node: ast.AST, scope: "Scope") -> Pairs:
@@ -277,8 +277,8 @@ def keyword_forgotten(node: ast.AST, scope: "Scope") -> Pairs:
                 yield node, changed(node, keywords=node.keywords[:k] + node.keywords[k + 1:])
 
 
-KEEPS_SHAPE = set("""detach clamp clone copy eval square sqrt abs softmax log_softmax sigmoid exp flip roll tanh
-    tril requires_grad_ masked_fill expand clip""".split())
+KEEPS_SHAPE = set("""detach clamp clone copy eval square sqrt abs softmax log_softmax sigmoid exp flip roll
+    tanh tril requires_grad_ masked_fill expand clip""".split())
 
 
 def method_forgotten(node: ast.AST, scope: "Scope") -> Pairs:
@@ -289,12 +289,13 @@ def method_forgotten(node: ast.AST, scope: "Scope") -> Pairs:
 
 OPERATORS = {f.__name__.replace("_", " "): f for f in (
     arguments_swapped, off_by_one, term_dropped, wrong_sign, wrong_argument, call_skipped, boundary,
-    and_for_or, constant, mean_for_sum, min_for_max, dimension, true_for_false, keyword_forgotten, method_forgotten)}
+    and_for_or, constant, mean_for_sum, min_for_max, dimension, true_for_false, keyword_forgotten,
+    method_forgotten)}
 
 
 class Scope:
-    """What a function knows: its `locals`, the line `since` which each is known, the `attributes` that it reads
-    of each name, and the nodes that are part of `indices` or dimensions."""
+    """What a function knows: its `locals`, the line `since` which each is known, the `attributes` that it
+    reads of each name, and the nodes that are part of `indices` or dimensions."""
 
     def __init__(self, function: ast.FunctionDef):
         arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs

@@ -359,7 +359,7 @@ def test_an_environment_acts_the_same_whatever_runs_beside_it(family):
     assert policy.rows(budget=1) == 1 < policy.rows(budget=10**9)
 
 
-def test_wrong_input_is_named(tmp_path):
+def test_wrong_input_is_named(tmp_path, rich_latents):
     with pytest.raises(UserError, match="categorical"):
         AgentConfig(policy="softmax")
     with pytest.raises(UserError, match="read-out"):
@@ -372,6 +372,8 @@ def test_wrong_input_is_named(tmp_path):
         policy.act(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
     with pytest.raises(UserError, match="width"):
         train_agent(None, Dynamics(WORLD), replace(AGENT, width=64), TrainConfig(), None)
+    with pytest.raises(UserError, match="for keys"):
+        train_agent(rich_latents, Dynamics(replace(WORLD, n_agent=0)), replace(AGENT, tasks=("one",), policy="bernoulli"), TrainConfig(), None)
     save_checkpoint(tmp_path / "other.safetensors", {}, {"tokenizer": {}})
     with pytest.raises(UserError, match="not an agent"):
         load_agent(tmp_path / "other.safetensors")

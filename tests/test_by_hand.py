@@ -1,4 +1,4 @@
-"Formulas worked out again, slowly: the objective, its draws and samplers, attention, the steps of the optimiser."
+"Formulas worked out again, slowly: objectives, draws and samplers, attention, the steps of the optimiser."
 import copy
 import itertools
 import math
@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from dreamer4_nb.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
-from dreamer4_nb.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm, segment_mask,
-                                   time_mask)
+from dreamer4_nb.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm,
+                                   segment_mask, time_mask)
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.flow import expand_as, interpolate, noise_like, velocity_from_x
@@ -22,8 +22,8 @@ from dreamer4_nb.imagination import ImaginationConfig, imagination_loss, imagine
 from dreamer4_nb.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
 from dreamer4_nb.tokenizer import (Tokenizer, TokenizerConfig, change, deviation_weight, gradient_difference,
                                    spread_error, tokenizer_loss)
-from dreamer4_nb.training import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable, summarise,
-                                  training_only)
+from dreamer4_nb.training import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable,
+                                  summarise, training_only)
 
 
 def generator(seed=0):
@@ -50,12 +50,14 @@ def test_noise_is_standard_normal_and_its_generator_s():
     noise = noise_like(x, generator(3))
     assert noise.dtype == x.dtype and noise.shape == x.shape
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.05
-    assert torch.equal(noise, noise_like(x, generator(3))) and not torch.equal(noise, noise_like(x, generator(4)))
+    assert torch.equal(noise, noise_like(x, generator(3)))
+    assert not torch.equal(noise, noise_like(x, generator(4)))
 
 
 def test_a_step_goes_straight_to_the_estimate_and_the_last_one_lands_on_it():
     z, x_hat = (torch.randn(2, 3, 4, generator=generator(k)) for k in (0, 1))
-    tau, d = torch.tensor([[0.0, 0.25, 0.5], [0.75, 0.0, 0.5]]), torch.tensor([[0.5, 0.25, 0.25], [0.25, 1.0, 0.5]])
+    tau = torch.tensor([[0.0, 0.25, 0.5], [0.75, 0.0, 0.5]])
+    d = torch.tensor([[0.5, 0.25, 0.25], [0.25, 1.0, 0.5]])
     stepped = shortcut_step(z, x_hat, tau, d)
     for b, t in itertools.product(range(2), range(3)):
         wanted = z[b, t] + d[b, t] * (x_hat[b, t] - z[b, t]) / (1 - tau[b, t])
@@ -81,7 +83,8 @@ def test_the_grid_in_numbers():
     assert (grid.n_d, grid.j_min, grid.d_min) == (5, 4, 1 / 16)
     js = torch.arange(5)
     assert [grid.stride(j) for j in range(5)] == grid.stride(js).tolist() == [16, 8, 4, 2, 1]
-    assert grid.d(js).tolist() == [1, 0.5, 0.25, 0.125, 0.0625] and [grid.j_of(2.0 ** -j) for j in range(5)] == list(range(5))
+    sizes = [1, 0.5, 0.25, 0.125, 0.0625]
+    assert grid.d(js).tolist() == sizes and [grid.j_of(d) for d in sizes] == list(range(5))
     assert grid.tau(torch.tensor([0, 4, 15])).tolist() == [0, 0.25, 0.9375]
     schedule = Schedule(k_max=16, steps=4, tau_ctx=0.9)
     assert schedule.sampling_indices() == [(0, 2), (4, 2), (8, 2), (12, 2)]
@@ -97,8 +100,10 @@ def test_a_squared_error_counts_by_its_level():
     tau = torch.tensor([[0.0, 0.25, 0.5], [0.75, 0.875, 0.125]])
     loss = shortcut_loss(x_hat, target, tau)
     for b, t in itertools.product(range(2), range(3)):
-        squares = [(p - q) ** 2 for p, q in zip(x_hat[b, t].flatten().tolist(), target[b, t].flatten().tolist())]
-        assert loss[b, t].item() == pytest.approx((0.9 * tau[b, t].item() + 0.1) * sum(squares) / len(squares), rel=1e-5)
+        pairs = zip(x_hat[b, t].flatten().tolist(), target[b, t].flatten().tolist())
+        squares = [(p - q) ** 2 for p, q in pairs]
+        wanted = (0.9 * tau[b, t].item() + 0.1) * sum(squares) / len(squares)
+        assert loss[b, t].item() == pytest.approx(wanted, rel=1e-5)
     torch.testing.assert_close(ramp_weight(torch.tensor([0.0, 1.0])), torch.tensor([0.1, 1.0]))
 
 
@@ -109,8 +114,8 @@ def toy_answer(z, i, j):
 
 @pytest.mark.parametrize("share, p_context", [(0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.5, 0.4)])
 def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
-    """From what the network is shown: noise and data at the level it is told; a frame at d_min is scored against the data,
-    every other against two half steps, clipped; each group's mean, and their plain errors."""
+    """From what the network is shown: noise and data at the level it is told. A frame at d_min is scored
+    against the data, every other against two half steps, clipped. Each group's mean and plain errors."""
     schedule, clip = Schedule(k_max=8, steps=4, tau_ctx=0.8), 0.9
     z1, calls = torch.randn(8, 6, 3, 4, generator=generator(1)), []
 
@@ -126,21 +131,21 @@ def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
     assert abs(noise.mean()) < 0.15 and abs(noise.std() - 1) < 0.1
     found = {"flow": [], "bootstrap": [], "flow_mse": [], "bootstrap_mse": []}
     for b, t in itertools.product(range(8), range(6)):
-        now, level, size = z[b, t], tau[b, t].item(), 2.0 ** -j[b, t].item()
-        target = z1[b, t]
-        if size > 1 / 8:
-            answer = lambda x, tau: toy_answer(x[None, None], torch.tensor([[8 * tau]]), j[b:b + 1, t:t + 1] + 1)[0, 0]
-            first = (answer(now, level) - now) / (1 - level)
-            middle = now + first * size / 2
-            second = (answer(middle, level + size / 2) - middle) / (1 - level - size / 2)
+        answer = lambda x, i, j: toy_answer(x[None, None], torch.tensor([[i]]), torch.tensor([[j]]))[0, 0]
+        now, level, own_j, target = z[b, t], tau[b, t].item(), j[b, t].item(), z1[b, t]
+        half = 2.0 ** -(own_j + 1)
+        if own_j < 3:
+            first = (answer(now, 8 * level, own_j + 1) - now) / (1 - level)
+            middle = now + first * half
+            second = (answer(middle, 8 * (level + half), own_j + 1) - middle) / (1 - level - half)
             target = (now + (1 - level) * (first + second) / 2).clamp(-clip, clip)
-        error = (toy_answer(now[None, None], i[b:b + 1, t:t + 1], j[b:b + 1, t:t + 1])[0, 0] - target).square().mean().item()
-        kind = "bootstrap" if size > 1 / 8 else "flow"
+        error = (answer(now, 8 * level, own_j) - target).square().mean().item()
+        kind = "bootstrap" if own_j < 3 else "flow"
         found[kind].append((0.9 * level + 0.1) * error)
         found[f"{kind}_mse"].append(error)
-    mean = {kind: sum(values) / max(len(values), 1) for kind, values in found.items()}
-    assert {kind: loss.item() for kind, loss in losses.items()} == pytest.approx({k: mean[k] for k in losses}, rel=1e-4)
-    assert {k: metrics[k].item() for k in ("flow_mse", "bootstrap_mse")} == pytest.approx({k: mean[k] for k in ("flow_mse", "bootstrap_mse")}, rel=1e-4)
+    for kind, values in found.items():
+        value = losses[kind] if kind in losses else metrics[kind]
+        assert value.item() == pytest.approx(sum(values) / max(len(values), 1), rel=1e-4), kind
     assert metrics["bootstrap_share"].item() == pytest.approx(len(found["bootstrap"]) / 48)
     at_context = (i == schedule.ctx_index) & (j == schedule.ctx_j)
     assert not p_context or 0.25 < at_context.float().mean() < 0.7
@@ -148,7 +153,8 @@ def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
 
 
 def test_a_sequence_is_continued_frame_by_frame_on_noised_context():
-    schedule, prefix, calls = Schedule(k_max=8, steps=2, tau_ctx=0.75), torch.randn(2, 3, 4, generator=generator(1)), []
+    schedule, calls = Schedule(k_max=8, steps=2, tau_ctx=0.75), []
+    prefix = torch.randn(2, 3, 4, generator=generator(1))
 
     def f(z, i, j):
         calls.append((z.clone(), i.clone(), j.clone()))
@@ -164,9 +170,10 @@ def test_a_sequence_is_continued_frame_by_frame_on_noised_context():
         (first, i, j), (second, i2, j2) = calls[2 * (frame - 3):2 * (frame - 3) + 2]
         x_hat = toy_answer(first, i, j)[:, -1]
         torch.testing.assert_close(second[:, -1], first[:, -1] + 0.5 * (x_hat - first[:, -1]))
-        torch.testing.assert_close(out[:, frame], toy_answer(second, i2, j2)[:, -1])      # the last step lands on it
+        last = toy_answer(second, i2, j2)[:, -1]                # the last step lands on it
+        torch.testing.assert_close(out[:, frame], last)
     past, kept = calls[2][0][:, 3], 0.75 * out[:, 3]
-    assert 0.05 < (past - kept).std() < 0.5                     # a quarter of noise on the frame that became past
+    assert 0.05 < (past - kept).std() < 0.5                     # a quarter of noise on what became past
     many = torch.ones(4000, 1)
     context = noise_context(many, schedule, generator(3))
     assert abs(context.mean() - 0.75) < 0.02 and abs(context.std() - 0.25) < 0.02
@@ -185,7 +192,8 @@ def test_attention_is_a_weighted_mean_head_by_head(look, softcap):
         logits = [float(q[b, head, n] @ k[b, head // 2, m]) / math.sqrt(6) for m in range(5)]
         if softcap:
             logits = [softcap * math.tanh(x / softcap) for x in logits]
-        seen = [m for m in range(5) if look == "all" or (look == "causal" and m <= n) or (look == "mask" and mask[b, 0, n, m])]
+        allowed = {"all": [True] * 5, "causal": [m <= n for m in range(5)], "mask": mask[b, 0, n].tolist()}
+        seen = [m for m in range(5) if allowed[look][m]]
         shares = [math.exp(logits[m]) for m in seen]
         wanted = sum(share * v[b, head // 2, m] for share, m in zip(shares, seen)) / sum(shares)
         torch.testing.assert_close(found[b, head, n], wanted, atol=1e-5, rtol=1e-5)
@@ -196,7 +204,9 @@ def test_a_norm_and_its_gradient():
     x.requires_grad_(), gain.requires_grad_()
     plain = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * gain
     wish = torch.randn(x.shape, generator=generator(2))
-    for one, other in zip(*(torch.autograd.grad((y * wish).sum(), (x, gain)) for y in (rms_norm(x, gain), plain))):
+    both = rms_norm(x, gain), plain
+    gradients = [torch.autograd.grad((y * wish).sum(), (x, gain), retain_graph=True) for y in both]
+    for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(rms_norm(x, gain), plain, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
@@ -213,7 +223,8 @@ def test_a_gated_mlp():
     gate, up = x @ layer.gate.weight.T, x @ layer.up.weight.T
     torch.testing.assert_close(layer(x), (gate * torch.sigmoid(gate) * up) @ layer.down.weight.T)
     config = TransformerConfig(width=96, heads=4, mlp_ratio=2.67, time_every=3)
-    assert config.head_dim == 24 and config.hidden == 256 and [config.is_time(l) for l in range(6)] == [False, False, True] * 2
+    assert config.head_dim == 24 and config.hidden == 256
+    assert [config.is_time(l) for l in range(6)] == [False, False, True] * 2
 
 
 def test_positions_turn_pairs_of_channels():
@@ -231,7 +242,8 @@ def test_who_sees_whom_along_time():
     for t, past, context in ((4, 0, 2), (3, 5, 4), (5, 0, 9), (1, 3, 3)):
         mask = time_mask(t, past, context)
         assert mask.shape == (t, past + t)
-        assert all(mask[i, m] == (0 <= past + i - m < context) for i, m in itertools.product(range(t), range(past + t)))
+        for i, m in itertools.product(range(t), range(past + t)):
+            assert mask[i, m] == (0 <= past + i - m < context)
     segments = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 2, 3, 4]])
     mask = segment_mask(segments, 2)
     for b, i, m in itertools.product(range(2), range(5), range(5)):
@@ -245,24 +257,27 @@ def test_the_learning_rate_rises_stays_and_falls():
     found = [learning_rate(config, step) for step in range(100)]
     wanted = [2 * min(1, (step + 1) / 10, (100 - step) / 25) for step in range(100)]
     assert found == pytest.approx(wanted)
-    assert [learning_rate(TrainConfig(steps=4, lr=2.0, warmup=0, decay_share=0.0), step) for step in range(4)] == [2.0] * 4
+    plain = TrainConfig(steps=4, lr=2.0, warmup=0, decay_share=0.0)
+    assert [learning_rate(plain, step) for step in range(4)] == [2.0] * 4
 
 
 def test_vectors_are_not_decayed_and_muon_takes_matrices_of_layers():
-    parameters = {"a.layers.0.w": nn.Parameter(torch.ones(3, 3)), "a.layers.0.norm": nn.Parameter(torch.ones(3)),
-                  "a.embed": nn.Parameter(torch.ones(3, 3)), "bias": nn.Parameter(torch.ones(3))}
+    shapes = {"a.layers.0.w": (3, 3), "a.layers.0.norm": (3,), "a.embed": (3, 3), "bias": (3,)}
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in shapes.items()}
     name_of = {id(p): name for name, p in parameters.items()}
-    plain = make_optimiser(parameters, TrainConfig(weight_decay=0.3))
-    decay = {name_of[id(p)]: group["weight_decay"] for group in plain.param_groups for p in group["params"]}
-    assert decay == {"a.layers.0.w": 0.3, "a.embed": 0.3, "a.layers.0.norm": 0.0, "bias": 0.0}
-    mixed = make_optimiser(parameters, TrainConfig(weight_decay=0.3, muon=20.0))
-    of = {name_of[id(p)]: (group.get("times", 1), group["weight_decay"]) for group in mixed.param_groups for p in group["params"]}
-    assert of == {"a.layers.0.w": (20.0, 0.3), "a.embed": (1, 0.3), "a.layers.0.norm": (1, 0.0), "bias": (1, 0.0)}
+
+    def found(config):
+        groups = make_optimiser(parameters, config).param_groups
+        return {name_of[id(p)]: (g.get("times", 1), g["weight_decay"]) for g in groups for p in g["params"]}
+
+    plain = {"a.layers.0.w": (1, 0.3), "a.embed": (1, 0.3), "a.layers.0.norm": (1, 0.0), "bias": (1, 0.0)}
+    assert found(TrainConfig(weight_decay=0.3)) == plain
+    assert found(TrainConfig(weight_decay=0.3, muon=20.0)) == plain | {"a.layers.0.w": (20.0, 0.3)}
 
 
 def test_a_loss_is_divided_by_the_root_mean_square_of_those_before_it():
     scale, seen = LossScale(decay=0.75, floor=0.5), []
-    assert scale.divisor("x", torch.tensor(-3.0)).item() == 3 and scale.divisor("x", torch.tensor(7.0)).item() == 3
+    assert [scale.divisor("x", torch.tensor(loss)).item() for loss in (-3.0, 7.0)] == [3, 3]
     square = None
     for count, loss in enumerate([3.0, 1.0, 4.0, 1.0, 5.0, 0.1] + 15 * [0.0]):
         scale.update("x", torch.tensor(loss))
@@ -274,7 +289,8 @@ def test_a_loss_is_divided_by_the_root_mean_square_of_those_before_it():
 
 
 def test_only_what_was_chosen_is_trained():
-    parts = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))}).eval()
+    head = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    parts = nn.ModuleDict({"body": nn.Linear(2, 2), "head": head}).eval()
     parts["body"].bias.requires_grad_(False)
     assert set(pick_trainable(parts, None)) == {"body.weight", "head.0.weight", "head.0.bias"}
     assert set(pick_trainable(parts, ["head", "body.bias"])) == {"head.0.weight", "head.0.bias", "body.bias"}
@@ -287,7 +303,8 @@ def test_only_what_was_chosen_is_trained():
 
 
 def test_what_is_logged_is_the_mean_over_the_steps_since():
-    measured = [({"loss": torch.tensor(x)}, {"size": torch.tensor(2 * x)} if x < 3 else {}) for x in (1.0, 2.0, 6.0)]
+    sizes = ({"size": torch.tensor(2.0)}, {"size": torch.tensor(4.0)}, {})
+    measured = [({"loss": torch.tensor(x)}, size) for x, size in zip((1.0, 2.0, 6.0), sizes)]
     assert summarise("toy", measured, 3) == {"loss": 3.0, "size": 3.0}
     assert np.isclose(summarise("toy", measured[:1], 1)["size"], 2)
 
@@ -295,7 +312,7 @@ def test_what_is_logged_is_the_mean_over_the_steps_since():
 # The tokenizer's terms
 
 def test_pixels_that_deviate_count_more():
-    frames, mean, std = torch.tensor([0.2, 0.5, 0.9]), torch.tensor([0.2, 0.4, 0.1]), torch.tensor([0.1, 0.02, 0.0])
+    frames, mean, std = torch.tensor([[0.2, 0.5, 0.9], [0.2, 0.4, 0.1], [0.1, 0.02, 0.0]])
     wanted = [1.0, 1 + 3 * 0.1 / 0.05, 1 + 3 * 7.0]
     assert deviation_weight(frames, mean, std, gain=3.0, cap=7.0).tolist() == pytest.approx(wanted)
 
@@ -317,11 +334,13 @@ def test_spread_and_change_of_latents():
         rows = frames_that_count(z, valid)
         spreads = [spread(channel) for channel in zip(*rows)]
         given = None if valid.all() else valid
-        assert spread_error(z, 0.4, given).item() == pytest.approx(sum(abs(s - 0.4) for s in spreads) / 4, rel=1e-5)
+        wanted = sum(abs(s - 0.4) for s in spreads) / 4
+        assert spread_error(z, 0.4, given).item() == pytest.approx(wanted, rel=1e-5)
         steps = [x for b in range(3) for t in range(1, 5) if valid[b, t] and valid[b, t - 1]
                  for x in (z[b, t] - z[b, t - 1]).flatten().tolist()]
         variance = sum(s * s for s in spreads) / 4
-        assert change(z, given).item() == pytest.approx(sum(x * x for x in steps) / len(steps) / (2 * variance), rel=1e-4)
+        wanted = sum(x * x for x in steps) / len(steps) / (2 * variance)
+        assert change(z, given).item() == pytest.approx(wanted, rel=1e-4)
     assert change(z[:, :1]) == 0 and change(z[:, :1].expand(3, 5, 2, 2)) == 0
 
 
@@ -331,7 +350,8 @@ def test_images_differ_in_their_gradients():
     for size in (8, 4):
         pixels = x.reshape(2, 3, size, 8 // size, size, 8 // size).mean((3, 5)).numpy()
         total.append((np.diff(pixels, axis=3) ** 2).mean() + (np.diff(pixels, axis=2) ** 2).mean())
-    assert gradient_difference(x + 0.3, torch.zeros(2, 3, 8, 8) + 0.1).item() == pytest.approx(sum(total) / 4, rel=1e-4)
+    found = gradient_difference(x + 0.3, torch.full((2, 3, 8, 8), 0.1))
+    assert found.item() == pytest.approx(sum(total) / 4, rel=1e-4)
 
 
 @pytest.mark.parametrize("part", [0, 1])
@@ -339,7 +359,8 @@ def test_images_differ_in_their_gradients():
 def test_the_tokenizers_loss_is_the_sum_of_its_terms(part, padded):
     torch.manual_seed(0)
     thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=3)
-    config = TokenizerConfig(image=16, n_latents=2, d_latent=4, slowness=(0.2, 0.7), gain=2.0, false_alarm=0.3, spread=0.4, transformer=thin)
+    config = TokenizerConfig(image=16, n_latents=2, d_latent=4, slowness=(0.2, 0.7), gain=2.0,
+                             false_alarm=0.3, spread=0.4, transformer=thin)
     model = Tokenizer(config)
     nn.init.normal_(model.to_patch.weight, std=0.3)
     model.mean_frame.uniform_()
@@ -357,7 +378,8 @@ def test_the_tokenizers_loss_is_the_sum_of_its_terms(part, padded):
     own = 3 * spread_error(latents, 0.4, valid) + config.slowness[part] * change(latents[:, 2:], valid[:, 2:])
     assert losses["mse"].item() == pytest.approx(squared * (1 + own.item()), rel=1e-4)
     rows = torch.randperm(int(valid.sum()), generator=g)[:4]
-    assert losses["perceptual"].item() == pytest.approx(gradient_difference(recon[valid][rows], frames[valid][rows]).item(), rel=1e-4)
+    wanted = gradient_difference(recon[valid][rows], frames[valid][rows]).item()
+    assert losses["perceptual"].item() == pytest.approx(wanted, rel=1e-4)
     assert metrics["psnr"].item() == pytest.approx(-10 * math.log10(error[valid].mean().item()), rel=1e-4)
 
 
@@ -369,7 +391,8 @@ def make_agent():
     thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
     world = Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=thin))
     heads = AgentHeads(AgentConfig(width=32, hidden=16, mtp=2, tasks=("one", "two")))
-    for layer in (world.to_latent, heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1]):
+    last = [net[-1] for net in (heads.policy.net, heads.reward.net, heads.value.net, heads.continues)]
+    for layer in (world.to_latent, *last):
         nn.init.normal_(layer.weight, std=0.3)
     return world, heads.eval()
 
@@ -377,8 +400,9 @@ def make_agent():
 def make_batch(b=4, t=5):
     g = generator(1)
     uniform = lambda *shape: torch.rand(*shape, generator=g) * 2 - 1
-    return Batch(frames=None, latents=uniform(b, t, 4, 6), actions=uniform(b, t, 2), action_known=torch.ones(b, t, dtype=torch.bool),
-                 intended=uniform(b, t, 2), rewards=uniform(b, t), continues=torch.rand(b, t, generator=g).round(),
+    return Batch(frames=None, latents=uniform(b, t, 4, 6), actions=uniform(b, t, 2),
+                 action_known=torch.ones(b, t, dtype=torch.bool), intended=uniform(b, t, 2),
+                 rewards=uniform(b, t), continues=torch.rand(b, t, generator=g).round(),
                  task=torch.arange(b) % 2, relevant=torch.arange(b) < b // 2)
 
 
@@ -412,13 +436,14 @@ def test_phase_2_scores_every_head_at_its_distances():
 def test_phase_3_scores_every_step_of_its_dreams():
     "A step counts by the chance that the episode still goes on there."
     dynamics, heads = make_agent()
-    thin = dynamics.config.transformer
-    world = WorldModel(Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=thin)), dynamics).eval()
+    frames = TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=dynamics.config.transformer)
+    world = WorldModel(Tokenizer(frames), dynamics).eval()
     modules = {"policy": copy.deepcopy(heads.policy), "value": copy.deepcopy(heads.value)}
     with torch.no_grad():
         for p in itertools.chain(*(module.parameters() for module in modules.values())):
             p.add_(0.1 * torch.randn(p.shape, generator=generator(p.numel())))
-    config, batch = ImaginationConfig(context=3, horizon=4, gamma=0.9, lam=0.8, alpha=0.4, beta=0.6), make_batch()
+    config = ImaginationConfig(context=3, horizon=4, gamma=0.9, lam=0.8, alpha=0.4, beta=0.6)
+    batch = make_batch()
     with torch.no_grad():
         losses, metrics = imagination_loss(world, heads, config)(modules, batch, generator(2))
         dream = imagine(world, heads, modules["policy"], batch, config, generator(2))
@@ -443,7 +468,8 @@ def test_phase_3_scores_every_step_of_its_dreams():
                 weight *= dream["continues"][b, t].item()
     mean = lambda pairs: sum(w * x for w, x in pairs) / max(1, sum(w for w, _ in pairs))
     assert good and bad
-    assert losses["policy"].item() == pytest.approx(0.6 * mean(bad) - 0.4 * mean(good) + 0.6 * mean(pulls), rel=1e-3)
+    wanted = 0.6 * mean(bad) - 0.4 * mean(good) + 0.6 * mean(pulls)
+    assert losses["policy"].item() == pytest.approx(wanted, rel=1e-3)
     assert losses["value"].item() == pytest.approx(mean(values), rel=1e-4)
     assert metrics["return"].item() == pytest.approx(sum(returns) / 16, rel=1e-4, abs=1e-5)
     assert metrics["positive"].item() == pytest.approx(len(good) / 16)

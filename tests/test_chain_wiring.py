@@ -1,4 +1,4 @@
-"The chain in a folder and the studies on top of it: which data, weights, settings and seeds each part is given."
+"The chain in a folder and studies on top of it: which data, weights, settings and seeds each part is given."
 import json
 import os
 from dataclasses import replace
@@ -16,7 +16,8 @@ from dreamer4_nb.chain import Run, by_task, closed_loop, finish, measured, polic
 from dreamer4_nb.core import UserError
 from dreamer4_nb.dynamics import DynamicsConfig
 from dreamer4_nb.imagination import ImaginationConfig
-from dreamer4_nb.presets import AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset, TokenizerPhase
+from dreamer4_nb.presets import (AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset,
+                                 TokenizerPhase)
 from dreamer4_nb.stores import Episode, EpisodeStore
 from dreamer4_nb.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
 from dreamer4_nb.tokenizer import TokenizerConfig
@@ -40,15 +41,16 @@ def preset(tmp_path_factory):
         store.append(Episode(actions=actions, intended=intended, rewards=rewards, task=TASK, quality="expert",
                              frames=rng.integers(0, 256, (LENGTH, 16, 16, 3), dtype=np.uint8)))
     store.finish()
+    frames = TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN)
+    agent, imagination = AgentConfig(hidden=16, mtp=2), ImaginationConfig(context=3, horizon=2)
     return Preset(
         tasks=(TASK,), data=str(path), held_out=0.25, threads=1, workers=1, seed=3,
-        tokenizer=TokenizerPhase(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN), SHORT, batch=7, length=2,
-                                 focus=0.1, perceptual=0.0, settle=2),
+        tokenizer=TokenizerPhase(frames, SHORT, batch=7, length=2, focus=0.1, perceptual=0.0, settle=2),
         dynamics=DynamicsPhase(DynamicsConfig(transformer=THIN), SHORT, batch=3, length=4, focus=0.2),
-        agent=AgentPhase(AgentConfig(hidden=16, mtp=2), SHORT, batch=4, length=5, focus=0.3),
-        imagination=ImaginationPhase(ImaginationConfig(context=3, horizon=2), SHORT, batch=5, focus=0.4),
-        evaluation=EvaluationPhase(episodes=3, decisions=4, readouts=("sample", "mean"), first_seed=70, demonstrator=0,
-                                   dreams=2, videos=0))
+        agent=AgentPhase(agent, SHORT, batch=4, length=5, focus=0.3),
+        imagination=ImaginationPhase(imagination, SHORT, batch=5, focus=0.4),
+        evaluation=EvaluationPhase(episodes=3, decisions=4, readouts=("sample", "mean"), first_seed=70,
+                                   demonstrator=0, dreams=2, videos=0))
 
 
 class Room:
@@ -133,34 +135,41 @@ def test_each_phase_gets_what_those_before_it_made(made, preset):
 def test_each_phase_gets_its_own_settings(made, preset):
     for name, (_, kwargs) in made.given.items():
         phase = getattr(preset, name.removeprefix("train_"))
-        assert kwargs["run_dir"] == made.run.folder and kwargs["batch"] == phase.batch and kwargs["focus"] == phase.focus
+        assert kwargs["run_dir"] == made.run.folder
+        assert kwargs["batch"] == phase.batch and kwargs["focus"] == phase.focus
         assert kwargs["train"].seed == phase.train.seed + 3 and type(kwargs["config"]) is type(phase.model)
     assert made.given["train_tokenizer"][1]["settle"] == 2 and made.given["train_dynamics"][1]["length"] == 4
-    assert made.given["train_imagination"][1]["config"].horizon == 2 and "length" not in made.given["train_imagination"][1]
+    last = made.given["train_imagination"][1]
+    assert last["config"].horizon == 2 and "length" not in last
 
 
 def test_what_is_there_is_loaded_and_not_made_again(made, preset, monkeypatch):
     for name in TRAIN:
         monkeypatch.setattr(chain, name, None)
     again = Run(made.run.folder, preset)
-    pairs = [(again.tokenizer, made.run.tokenizer), (again.dynamics, made.run.dynamics), (again.agent[0], made.run.agent[0]),
-             (again.agent[1], made.run.agent[1]), (again.imagination, made.run.imagination)]
+    parts = lambda run: (run.tokenizer, run.dynamics, *run.agent, run.imagination)
+    pairs = list(zip(parts(again), parts(made.run)))
     assert all(same(*pair) for pair in pairs) and not same(again.imagination, again.agent[1])
-    assert all(entry["seconds"] > 0 for entry in json.loads((made.run.folder / "phases.json").read_text()).values())
+    noted = json.loads((made.run.folder / "phases.json").read_text())
+    assert all(entry["seconds"] > 0 for entry in noted.values())
 
 
-@pytest.mark.parametrize("setting, value, refused", [
-    ("tokenizer.model.d_latent", 5, "tokenizer"), ("dynamics.train.lr", 0.5, "dynamics"), ("agent.labels", "executed", "agent"),
-    ("imagination.model.beta", 1.0, "imagination"), ("held_out", 0.5, "tokenizer"), ("seed", 4, "tokenizer"),
-    ("evaluation.episodes", 9, None), ("agent.train.log_every", 7, None), ("dynamics.train.device", "auto", None)])
-def test_what_was_made_with_other_settings_is_refused_from_its_phase_on(made, preset, tmp_path, setting, value, refused):
+CHANGES = [
+    ("tokenizer.model.d_latent", 5, "tokenizer"), ("dynamics.train.lr", 0.5, "dynamics"),
+    ("agent.labels", "executed", "agent"), ("imagination.model.beta", 1.0, "imagination"),
+    ("held_out", 0.5, "tokenizer"), ("seed", 4, "tokenizer"), ("evaluation.episodes", 9, None),
+    ("agent.train.log_every", 7, None), ("dynamics.train.device", "auto", None)]
+
+
+@pytest.mark.parametrize("setting, value, refused", CHANGES)
+def test_other_settings_are_refused_from_their_phase_on(made, preset, tmp_path, setting, value, refused):
     other = with_setting(preset, setting, value)
     if refused is None:
         Run(made.run.folder, other)
         return
     with pytest.raises(UserError, match="made with other settings"):
         Run(made.run.folder, other)
-    shared = chain.ORDER[:chain.ORDER.index(refused)]           # a branch that ends there may go on with the others
+    shared = chain.ORDER[:chain.ORDER.index(refused)]       # a branch that ends there may go on with them
     assert set(branch(made.run, tmp_path, shared[-1], other).phases) == set(shared)
 
 
@@ -181,13 +190,14 @@ def test_policies_differ_in_their_heads_and_share_their_seeds(made):
         kind, _, readout = name.partition(", ")
         if readout:
             assert policy.heads is {"cloning": made.run.agent[1], "PMPO": made.run.imagination}[kind]
-            assert policy.readout == readout and policy.world.dynamics is made.run.agent[0] and policy.task == 0
+            assert policy.readout == readout and policy.task == 0
+            assert policy.world.dynamics is made.run.agent[0]
 
 
 def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
     first = closed_loop(made.run)
-    assert [r.policy for r in first] == list(policies(made.run)) and all(r.seed.tolist() == [70, 71, 72] for r in first)
-    assert all(r.decisions == 4 for r in first)
+    assert [r.policy for r in first] == list(policies(made.run))
+    assert all(r.seed.tolist() == [70, 71, 72] and r.decisions == 4 for r in first)
     assert len({tuple(r.returns) for r in first}) > 1
     calls = watch(monkeypatch, chain, "evaluate_policy")
     again = closed_loop(made.run)
@@ -200,7 +210,8 @@ def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
         closed_loop(made.run)
     finally:
         os.utime(weights, (stamp, stamp))
-    assert len(calls) == 4 and all(isinstance(args[0], Policy) for _, args, _ in calls)      # the random one did not change
+    assert len(calls) == 4
+    assert all(isinstance(args[0], Policy) for _, args, _ in calls)     # the random one is as old as before
 
 
 def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, monkeypatch):
@@ -210,8 +221,9 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
     found = measured(run)
     (_, of_tokenizer, _), (_, of_dream, sizes) = calls
     held, train = (list(part.index) for part in run.split[::-1])
-    assert of_tokenizer[0] is run.tokenizer and [list(store.index) for store in of_tokenizer[1:]] == [held, train]
-    assert of_dream[0].tokenizer is run.tokenizer and of_dream[0].dynamics is run.dynamics       # the world of phase 1
+    assert of_tokenizer[0] is run.tokenizer
+    assert [list(store.index) for store in of_tokenizer[1:]] == [held, train]
+    assert of_dream[0].tokenizer is run.tokenizer and of_dream[0].dynamics is run.dynamics      # of phase 1
     assert [list(store.index) for store in of_dream[1:3]] == [held, held]
     assert sizes["windows"] == 2 and sizes["length"] == LENGTH and found["dreams"] == 2
     assert measured(run) == json.loads(path.read_text()) and len(calls) == 2
@@ -227,8 +239,9 @@ def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
     page, = finish(made.run)
     results = json.loads((made.run.folder / "results.json").read_text())
     assert page.exists() and results["task"] == TASK
-    assert [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]] == [
-        (f"PMPO, {readout}", f"cloning, {readout}", measure) for measure in ("any", "returns") for readout in ("sample", "mean")]
+    pairs = [(f"PMPO, {readout}", f"cloning, {readout}") for readout in ("sample", "mean")]
+    compared = [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]]
+    assert compared == [(*pair, measure) for measure in ("any", "returns") for pair in pairs]
     assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.run))
     assert results["tokenizer"] == measured(made.run)["tokenizer"] and results["dream"]["windows"] == 2
 
@@ -236,15 +249,18 @@ def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
 def test_each_task_is_judged_on_its_own_episodes(tmp_path):
     for name in "ab":
         store = EpisodeStore.create(tmp_path / f"{name}.zarr", name, 1, (4, 4, 3))
-        store.extend([Episode(actions=np.zeros((3, 1)), rewards=np.zeros(3), frames=np.zeros((3, 4, 4, 3), np.uint8))] * 4)
+        frames = np.zeros((3, 4, 4, 3), np.uint8)
+        store.extend([Episode(actions=np.zeros((3, 1)), rewards=np.zeros(3), frames=frames)] * 4)
         store.finish()
     split = EpisodeStore.open(str(tmp_path / "*.zarr")).split(0.5)
-    run = SimpleNamespace(preset=SimpleNamespace(tasks=("a", "b")), folder=tmp_path, split=split, latents=split[::-1], task="a", place=tmp_path)
+    run = SimpleNamespace(preset=SimpleNamespace(tasks=("a", "b")), folder=tmp_path, split=split,
+                          latents=split[::-1], task="a", place=tmp_path)
     views = by_task(run)
     assert [(view.task, view.place) for view in views] == [("a", tmp_path / "a"), ("b", tmp_path / "b")]
     for view in views:
         for parts, whole in ((view.split, split), (view.latents, split[::-1])):
-            assert [list(part.index) for part in parts] == [list(part.of_task(view.task).index) for part in whole]
+            own = [part.of_task(view.task) for part in whole]
+            assert [list(part.index) for part in parts] == [list(part.index) for part in own]
     assert run.place == tmp_path and by_task(SimpleNamespace(preset=SimpleNamespace(tasks=("a",)))) != views
 
 
@@ -262,9 +278,11 @@ def test_a_setting_and_seeds_are_changed_by_name(preset):
 
 def test_a_branch_shares_the_parts_up_to_a_phase(made, preset, tmp_path):
     found = branch(made.run, tmp_path / "b", "dynamics", preset)
-    assert set(found.phases) == {"data", "tokenizer", "latents", "dynamics"} and found.folder == tmp_path / "b"
-    assert {path.name for path in found.folder.glob("*.safetensors")} >= {"tokenizer.safetensors", "dynamics.safetensors"}
-    assert not list(found.folder.glob("agent*")) and list(found.latents[0].index) == list(made.run.latents[0].index)
+    assert set(found.phases) == {"data", "tokenizer", "latents", "dynamics"}
+    there = {path.name for path in (tmp_path / "b").glob("*.safetensors")}
+    assert there >= {"tokenizer.safetensors", "dynamics.safetensors"}
+    assert found.folder == tmp_path / "b" and not list(found.folder.glob("agent*"))
+    assert list(found.latents[0].index) == list(made.run.latents[0].index)
     assert weights(found.folder, "dynamics") == weights(made.run.folder, "dynamics")
     assert branch(made.run, tmp_path / "b", "dynamics", preset).dynamics.config == made.run.dynamics.config
 
@@ -280,15 +298,18 @@ def studied(made):
         monkeypatch.setattr(study, "dreamed_return", partial(dreamed_return, dreams=3, horizon=2))
         calls = watch(monkeypatch, chain, "evaluate_policy")
         rows = study.study(made.run, agents=2, policies=2, **SIZE)
-        strict = study.study(made.run, agents=2, policies=1, setting="imagination.model.beta", value=1.0, **SIZE)
-        executed = study.study(made.run, agents=1, policies=1, setting="agent.labels", value="executed", **SIZE)
-    return SimpleNamespace(rows=rows, strict=strict, executed=executed, calls=calls, root=made.run.folder / "study")
+        one = dict(policies=1, **SIZE)
+        strict = study.study(made.run, agents=2, setting="imagination.model.beta", value=1.0, **one)
+        executed = study.study(made.run, agents=1, setting="agent.labels", value="executed", **one)
+    root = made.run.folder / "study"
+    return SimpleNamespace(rows=rows, strict=strict, executed=executed, calls=calls, root=root)
 
 
 def test_a_study_trains_agents_and_policies_with_seeds_of_their_own(studied, made):
     root = studied.root
     of = lambda part, a, b: weights(root / f"agent{a}-policy{b}", part)
-    assert of("agent", 0, 0) == of("agent", 0, 1) == weights(made.run.folder, "agent") != of("agent", 1, 0) == of("agent", 1, 1)
+    assert of("agent", 0, 0) == of("agent", 0, 1) == weights(made.run.folder, "agent")
+    assert of("agent", 0, 0) != of("agent", 1, 0) == of("agent", 1, 1)
     assert of("imagination", 0, 0) == weights(made.run.folder, "imagination")
     assert len({of("imagination", a, b) for a in (0, 1) for b in (0, 1)}) == 4
     assert {of("dynamics", a, b) for a in (0, 1) for b in (0, 1)} == {weights(made.run.folder, "dynamics")}
@@ -296,23 +317,30 @@ def test_a_study_trains_agents_and_policies_with_seeds_of_their_own(studied, mad
 
 def test_the_rows_of_a_study_say_what_stands_behind_them(studied):
     rows = [(r["policy"], r["agent_seed"], r["policy_seed"], r["readout"]) for r in studied.rows]
-    assert rows == [("random", None, None, None), ("cloning", 0, None, "sample"), ("PMPO", 0, 0, "sample"), ("PMPO", 0, 1, "sample"),
-                    ("cloning", 1, None, "sample"), ("PMPO", 1, 0, "sample"), ("PMPO", 1, 1, "sample")]
-    assert all(r["setting"] is None and r["n"] == 2 and r["decisions"] == 3 and r["task"] == TASK for r in studied.rows)
-    assert all((r["dreamed"] is None) == (r["readout"] is None) and r["low"] <= r["catch"] <= r["high"] for r in studied.rows)
+    wanted = [("random", None, None, None)]
+    for a in (0, 1):
+        wanted.append(("cloning", a, None, "sample"))
+        wanted += [("PMPO", a, b, "sample") for b in (0, 1)]
+    assert rows == wanted
+    for r in studied.rows:
+        assert (r["setting"], r["n"], r["decisions"], r["task"]) == (None, 2, 3, TASK)
+        assert (r["dreamed"] is None) == (r["readout"] is None) and r["low"] <= r["catch"] <= r["high"]
     assert all(list(args[2]) == [40, 41] and args[3] == 3 for _, args, _ in studied.calls)
 
 
 def test_a_changed_setting_is_trained_from_its_phase_on(studied, made):
     assert [(r["policy"], r["agent_seed"], r["setting"], r["value"]) for r in studied.strict] == [
         ("PMPO", a, "imagination.model.beta", 1.0) for a in (0, 1)]
-    strict = studied.root / "imagination.model.beta=1.0"
+    root, strict = studied.root, studied.root / "imagination.model.beta=1.0"
     for a in (0, 1):
-        assert weights(strict / f"agent{a}-policy0", "agent") == weights(studied.root / f"agent{a}", "agent")
-        assert weights(strict / f"agent{a}-policy0", "imagination") != weights(studied.root / f"agent{a}-policy0", "imagination")
-    assert [(r["policy"], r["setting"], r["value"]) for r in studied.executed] == [(p, "agent.labels", "executed") for p in ("cloning", "PMPO")]
-    other = studied.root / "agent.labels=executed" / "agent0"
-    assert weights(other, "dynamics") == weights(made.run.folder, "dynamics") and weights(other, "agent") != weights(made.run.folder, "agent")
+        own = strict / f"agent{a}-policy0"
+        assert weights(own, "agent") == weights(root / f"agent{a}", "agent")
+        assert weights(own, "imagination") != weights(root / f"agent{a}-policy0", "imagination")
+    executed = [(r["policy"], r["setting"], r["value"]) for r in studied.executed]
+    assert executed == [(policy, "agent.labels", "executed") for policy in ("cloning", "PMPO")]
+    other = root / "agent.labels=executed" / "agent0"
+    assert weights(other, "dynamics") == weights(made.run.folder, "dynamics")
+    assert weights(other, "agent") != weights(made.run.folder, "agent")
 
 
 def test_the_dreamed_return_is_of_held_out_starts_that_are_not_solved(made, monkeypatch):
@@ -340,12 +368,15 @@ def test_dreams_are_studied_from_the_phase_of_the_setting_on(made):
     assert plain["dream"] == measured(made.run)["dream"]["mean"]
     assert plain["dream"] != packed["dream"] != again["dream"]
     narrow, = dream_study(made.run, seeds=1, setting="tokenizer.model.d_latent", value=4)
-    assert narrow["tokenizer"] != plain["tokenizer"] and set(narrow["seconds"]) >= {"tokenizer", "latents", "dynamics"}
+    assert narrow["tokenizer"] != plain["tokenizer"]
+    assert set(narrow["seconds"]) >= {"tokenizer", "latents", "dynamics"}
 
 
 def test_rows_take_the_place_of_those_they_repeat(tmp_path):
-    row = dict(run="r", task="t", setting=None, value=None, policy="PMPO", agent_seed=0, policy_seed=0, readout="mean", decisions=5)
+    row = dict(run="r", task="t", setting=None, value=None, policy="PMPO", agent_seed=0, policy_seed=0,
+               readout="mean", decisions=5)
     old, path = [row | {"catch": 0.1}, row | {"policy_seed": 1, "catch": 0.2}], tmp_path / "rows.json"
     keep_rows(path, old)
-    keep_rows(path, [row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}])
-    assert json.loads(path.read_text())["rows"] == [old[1], row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}]
+    new = [row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}]
+    keep_rows(path, new)
+    assert json.loads(path.read_text())["rows"] == [old[1], *new]

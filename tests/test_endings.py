@@ -1,14 +1,16 @@
 "An episode that the task ends is told from one that runs out of time, from dm_control to the batch."
 import numpy as np
 import pytest
-from dm_control.suite.ball_in_cup import BallInCup
 
-from dreamer4_nb import envs
+from dreamer4_nb import envs        # before dm_control: it chooses how to draw
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data import Windows, _shipped, load_demonstrations
 from dreamer4_nb.envs import VectorEnv, make_env, render_states
 from dreamer4_nb.planner import Planner, collect_episodes, save_demonstrations
+from dreamer4_nb.presets import PAPER
 from dreamer4_nb.stores import Episode, EpisodeStore
+
+from dm_control.suite.ball_in_cup import BallInCup
 
 BALL = "ball_in_cup-catch"
 ENDS_SOON = """
@@ -98,3 +100,13 @@ def test_an_end_goes_from_the_collector_to_the_batch(lives, tmp_path, monkeypatc
                 expected = [t for t in range(length) if first + t == ends[owner]]
                 assert np.flatnonzero(row == 0).tolist() == expected
         assert sorted(set(windows.owner)) == list(range(6))
+
+
+def test_frames_can_be_as_large_as_the_largest_preset_asks_for():
+    image = PAPER.tokenizer.model.image
+    env = make_env("ball_in_cup-catch", 0, image)
+    frame = env.reset(0)
+    small = make_env("ball_in_cup-catch", 0, 64).reset(0)
+    coarse = frame.reshape(64, image // 64, 64, image // 64, 3).mean((1, 3))
+    assert image > 480 and frame.shape == (image, image, 3)
+    assert np.abs(coarse - small).mean() < 6                     # the same picture

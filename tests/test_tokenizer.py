@@ -19,8 +19,8 @@ from dreamer4_nb.stores import Episode, EpisodeStore, building
 from dreamer4_nb.tokenizer import (
     BALL_SCORE, PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, ball_metrics, ball_position, change,
     coding_bytes, decode_stream, draw_mask, encode_store, encode_stream, frame_statistics,
-    gradient_difference, load_tokenizer, patchify, spread_error, tokenizer_loss, tokenizer_report,
-    train_tokenizer, unpatchify)
+    gradient_difference, load_tokenizer, mean_of_valid, patchify, spread_error, tokenizer_loss,
+    tokenizer_report, train_tokenizer, unpatchify)
 from dreamer4_nb.training import TrainConfig
 
 CONTEXT, FRAMES = 3, 8
@@ -396,6 +396,7 @@ def test_terms_under_padding_are_those_of_the_frames_that_count():
     g = torch.Generator().manual_seed(0)
     latents, valid = torch.randn(2, 6, 2, 3, generator=g), torch.arange(6) < torch.tensor([[6], [3]])
     kept = torch.cat([latents[0], latents[1, :3]])
+    assert torch.allclose(mean_of_valid(latents, valid), kept.mean())
     assert torch.allclose(spread_error(latents, 0.35, valid), (kept.std(0) - 0.35).abs().mean())
     steps = torch.cat([latents[0].diff(dim=0), latents[1, :3].diff(dim=0)]).square().mean()
     assert torch.allclose(change(latents, valid), steps / (2 * kept.var(0).mean() + 1e-6))

@@ -6,6 +6,7 @@ the device down, or a cut-off costs no more than what was running. This process 
 A trial without a GPU: python tests/gpu/run.py --device cpu --small"""
 import argparse
 import gc
+import json
 import platform
 import signal
 import subprocess
@@ -101,7 +102,8 @@ def cuda_tests(note: Note) -> None:
 
 def chain_preset(folder: Path, device: torch.device, compile: bool) -> Preset:
     preset = thin_preset(MICRO, steps=4, device=device.type, compile=compile)
-    return replace(preset, data=str(folder / "data.zarr"), episodes=None)
+    tokenizer = replace(preset.tokenizer, perceptual=0.0)       # LPIPS is not here
+    return replace(preset, data=str(folder / "data.zarr"), episodes=None, tokenizer=tokenizer)
 
 
 def chain_phase(name: str, folder: Path, device: torch.device, note: Note) -> None:
@@ -243,9 +245,10 @@ def plan(device: torch.device, small: bool, folder: Path) -> Iterator[tuple[str,
 def run_all(entries: list[tuple[str, Work]], minutes: float, out: Path, results: dict) -> None:
     "Runs the entries and writes the file whenever one has noted something."
     end, part_ends = time.monotonic() + 60 * minutes, {}
+    asked_for = sum(SHARES[part] for part in {name.partition(" ")[0] for name, _ in entries})
     for name, work in entries:
-        part, began, record = name.partition(" ")[0], time.monotonic(), results.setdefault(name, {})
-        part_end = part_ends.setdefault(part, began + 60 * minutes * SHARES[part])
+        part, began, record = name.partition(" ")[0], time.monotonic(), results[name]
+        part_end = part_ends.setdefault(part, began + 60 * minutes * SHARES[part] / min(1.0, asked_for))
         left = min(end, part_end) - began
         if name != part:
             left /= 2       # of several entries each may take half of what is left of their part
@@ -265,7 +268,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=9.0, help="what has not begun by then is left out")
     parser.add_argument("--out", type=Path, help="default: nbs/results/gpu.json; of a trial a temporary file")
     parser.add_argument("--only", nargs="+", default=[""], metavar="NAME",
-                        help=f"parts ({', '.join(SHARES)}) or entries that begin so, as in 'steps paper'")
+                        help=f"parts ({', '.join(SHARES)}) or entries that begin so, as in 'steps paper'; "
+                             "what else the file holds stays")
     asked = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))     # an exception: the child is ended too
     found = next(noted(lambda note: note(there=torch.cuda.is_available()), 60))
@@ -282,7 +286,9 @@ def main() -> int:
         out = asked.out or place / "gpu.json"
         entries = [entry for entry in plan(torch.device(asked.device), asked.small, Path(folder))
                    if entry[0].startswith(tuple(asked.only))]
-        run_all(entries, asked.minutes, out, {"asked": {"device": asked.device, "small": asked.small}})
+        kept = json.loads(out.read_text()) if asked.only != [""] and out.exists() else {}
+        results = kept | {"asked": {"device": asked.device, "small": asked.small}}
+        run_all(entries, asked.minutes, out, results | {name: {} for name, _ in entries})
     print(out)
     return 0
 

@@ -2,7 +2,6 @@
 
 `install()` before dreamer4_nb is imported. A stand-in can be imported, named in annotations and inherited
 from; whoever calls it gets an error that names it."""
-import importlib.metadata
 import sys
 import types
 from importlib.abc import Loader, MetaPathFinder
@@ -57,20 +56,9 @@ class QuietWriter:
         pass
 
 
-def version(name: str, known=importlib.metadata.version) -> str:
-    "Of a package; this one may be a folder that was never installed."
-    try:
-        return known(name)
-    except importlib.metadata.PackageNotFoundError:
-        if name != "dreamer4_nb":
-            raise
-        return "not installed"
-
-
 def install() -> None:
     "Puts the stand-ins where the packages would be, also where those are: so it is the same everywhere."
     sys.meta_path.insert(0, Finder())
     board = types.ModuleType("torch.utils.tensorboard")
     board.SummaryWriter = QuietWriter
     sys.modules["torch.utils.tensorboard"] = board
-    importlib.metadata.version = version
