@@ -154,7 +154,7 @@ SMALL = Preset(
     tokenizer=_tokens("small", TrainConfig(steps=20_000, ema=0.999), settle=8000),
     dynamics=_world("small", TrainConfig(steps=30_000, ema=0.999)),
     agent=AgentPhase(AgentConfig(hidden=512), TrainConfig(steps=8_000, ema=0.999, accumulate=2),
-                     batch=32, length=48),
+                     batch=32, length=64),
     imagination=ImaginationPhase(ImaginationConfig(context=16), TrainConfig(steps=2_000), batch=256),
     evaluation=EvaluationPhase(episodes=500, demonstrator=100, dreams=128))
 

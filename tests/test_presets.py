@@ -12,7 +12,7 @@ from dreamer4_nb import agent, dynamics, imagination, presets, tokenizer
 from dreamer4_nb.agent import AgentHeads, train_agent
 from dreamer4_nb.core import asset, to_dict
 from dreamer4_nb.costs import MACHINES, SHAPES, count_parameters
-from dreamer4_nb.data import LatentStore
+from dreamer4_nb.data import LatentStore, Windows
 from dreamer4_nb.dynamics import Dynamics, train_dynamics
 from dreamer4_nb.forcing import draw_levels
 from dreamer4_nb.generation import WorldModel
@@ -189,9 +189,20 @@ def as_long_as_shipped(tmp_path_factory):
     return stores[0], LatentStore(stores[1])
 
 
+def rewarded(windows):
+    "Share of frames with a reward among those that are drawn without focus, over that in the store."
+    even = Windows(windows.store, windows.length, 1, pad=True)
+    before = np.concatenate([[0], np.cumsum(even.store.column("rewards") > 0)])
+    first = (np.cumsum(even.store.lengths) - even.store.lengths)[even.owner] + even.offset
+    real = even.real[even.owner]
+    drawn = even.probabilities @ (before[first + real] - before[first]) / (even.probabilities @ real)
+    return drawn / (before[-1] / even.store.n_frames)
+
+
 @every_preset
 def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, tmp_path, monkeypatch):
-    "Every episode and all reward, in windows as long as the preset's. Nothing is trained."
+    """Every episode and all reward, in windows as long as the preset's; and what is drawn has not much less reward
+    than the data. Nothing is trained."""
     true, small = PRESETS[name], shrunk(PRESETS[name])
     model = replace(small.tokenizer.model, image=8)
     preset = replace(small, tasks=("ball_in_cup-catch",),
@@ -214,6 +225,7 @@ def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, t
     for called, source in sources.items():
         for windows in [part for part, _ in source.parts] if called == "agent" else [source]:
             assert windows.coverage() == {"episodes": 1, "frames": 1, "reward": 1}, called
+            assert rewarded(windows) > 0.75, called
 
 
 @every_preset
