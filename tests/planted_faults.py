@@ -35,7 +35,7 @@ from types import CodeType
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "dreamer4_nb"
 
-# Of each module, the test files that concern it; all other fast ones follow.
+# Of each module, the test files that concern it; all other fast ones follow, the cheapest first.
 NEAREST = {
     "flow": ["by_hand", "generation"],
     "shortcut": ["by_hand", "wiring"],
@@ -53,12 +53,14 @@ NEAREST = {
     "study": ["chain_wiring"],
     "chain": ["chain_wiring"],
 }
-LAST = ["stores", "endings", "costs", "scaling"]          # what is least likely to notice
+CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generation", "chain_wiring", "evaluation",
+            "agent", "training", "imagination", "stores", "data", "tokenizer", "endings", "presets"]
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks",
           "tokenizer", "dynamics", "generation", "agent", "imagination"]
 WIRING = ["training", "data", "evaluation", "study", "chain"]
-SLOW = {"cli", "sharding", "ddp", "ladder", "readme"}     # start processes, or read text only
-NOT_RUN = "not compile and not kill_at_any_moment and not pretend"
+# What starts processes of its own, foretells costs, or only reads text takes no part.
+SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", "ladder", "readme"}
+NOT_RUN = "not compile and not kill_at_any_moment"
 
 LEFT_OUT = {
     "flow": {"toy_centres", "toy_points", "posterior_mean", "x_from_velocity", "euler_sample",
@@ -448,9 +450,8 @@ def difference(before: str, after: str, wide: int = 38) -> str:
 def test_files(original: Path, module: str | None) -> list[str]:
     "The fast test files, those nearest to a module first."
     there = [path.stem.removeprefix("test_") for path in sorted((original / "tests").glob("test_*.py"))]
-    fast = [name for name in there if name not in SLOW and "pretend" not in name]
-    wanted = NEAREST.get(module, []) + [name for name in fast if name not in LAST] + LAST
-    return [f"tests/test_{name}.py" for name in dict.fromkeys(wanted) if name in fast]
+    ordered = dict.fromkeys(NEAREST.get(module, []) + CHEAPEST + there)
+    return [f"tests/test_{name}.py" for name in ordered if name in there and name not in SLOW]
 
 
 def copied(folder: Path, skipped: list[str]) -> None:
@@ -540,7 +541,7 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=48, help="faults drawn, beside the known ones")
     parser.add_argument("--only", choices=METHOD + WIRING, help="one module only")
     parser.add_argument("--jobs", type=int, default=2, help="copies that are tested at the same time")
-    parser.add_argument("--skip", nargs="*", default=[], help="test files to do without: costs, scaling, ...")
+    parser.add_argument("--skip", nargs="*", default=[], help="test files to do without: presets, ...")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--list", action="store_true", help="say the faults and test nothing")
     options = parser.parse_args()
