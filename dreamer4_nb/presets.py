@@ -74,6 +74,11 @@ class EvaluationPhase:
     dreams: int = 32                      # held-out windows on which dreams are measured
     videos: int = 3                       # episodes shown in the report
 
+    @property
+    def seeds(self) -> range:
+        "The seeds of the episodes."
+        return range(self.first_seed, self.first_seed + self.episodes)
+
 # %% ../nbs/21_presets.ipynb #cell-11
 @dataclass(frozen=True)
 class Preset:
