@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'LOSSES', 'MACHINES', 'Shape', 'pick_shape', 'build', 'transformers', 'count_parameters', 'forward_flops',
            'teacher_share', 'passes', 'used_heads', 'world_flops', 'costs', 'count_flops', 'random_batches',
            'training_step', 'layer_bytes', 'head_bytes', 'weight_casts', 'activations', 'saved_bytes', 'Machine',
-           'predict', 'best_way', 'stream_bytes', 'inference', 'stream_bound']
+           'predict', 'best_way', 'inference', 'stream_bound']
 
 # %% ../nbs/19_costs.ipynb #cell-2
 import itertools
@@ -456,14 +456,6 @@ def best_way(shape: str | Shape, machine: str | Machine, devices: int = 1, ema: 
     return out
 
 # %% ../nbs/19_costs.ipynb #6320afb0
-def stream_bytes(transformer: BlockCausalTransformer, frames: int, itemsize: int) -> float:
-    """Bytes that a row of a stream takes at most, `frames` frames at a time.
-
-    Its rings are made in float32, and cast where products are not."""
-    rings = transformer.init_cache(1, torch.device("meta")).nbytes
-    return max(inference_bytes(transformer, frames, itemsize), rings * 1.5 if itemsize == 2 else rings)
-
-
 def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int,
               dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
     """Memory of what runs without gradients on one device, for a shape with an agent: {"encode": {...},
@@ -491,9 +483,9 @@ def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int,
         piece = -(-piece // 2)
     coded = coding_bytes(tokenizer.encoder, tokenizer.config, piece, a)
     trained = 16 * (count_parameters(heads.policy) + count_parameters(heads.value)) + 2 * of_heads
-    dreamt = stream_bytes(dynamics.transformer, shape.context, a)
+    dreamt = inference_bytes(dynamics.transformer, shape.context, a)
     dreamt += (shape.generated + 1) * head_bytes(agent, a == 2)
-    played = stream_bytes(dynamics.transformer, 1, a) + stream_bytes(tokenizer.encoder, 1, a)
+    played = inference_bytes(dynamics.transformer, 1, a) + inference_bytes(tokenizer.encoder, 1, a)
     counted = inference_bytes(dynamics.transformer, 1) + inference_bytes(tokenizer.encoder, 1)  # by `Policy.rows`
     at_a_time = max(1, int(budget(of_world + of_heads) // counted))
     together = row_chunks(min(8, episodes), coded, budget(of_tokenizer))

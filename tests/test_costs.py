@@ -12,9 +12,10 @@ from torch.utils._pytree import tree_leaves
 from dreamer4_nb import attention
 from dreamer4_nb.agent import AgentConfig, Policy
 from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.blocks import inference_bytes
 from dreamer4_nb.core import UserError, autocast
 from dreamer4_nb.costs import (LOSSES, MACHINES, SHAPES, Machine, Shape, activations, best_way, build, costs, count_flops, count_parameters,
-                               forward_flops, inference, pick_shape, predict, random_batches, saved_bytes, stream_bound, stream_bytes,
+                               forward_flops, inference, pick_shape, predict, random_batches, saved_bytes, stream_bound,
                                teacher_share, training_step, transformers)
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.forcing import draw_levels
@@ -288,7 +289,7 @@ def test_accumulated_batches_cost_time_and_keep_gradients_beside_activations():
 
 @pytest.mark.parametrize("name", ["small", "base", "paper"])
 def test_a_row_of_dreams_takes_what_is_foretold(monkeypatch, name):
-    "Rings made and cast, a context shown, one frame more; on fake tensors, with a GPU's attention."
+    "Rings made, a context shown, one frame more; on fake tensors, with a GPU's attention."
     monkeypatch.setattr(torch.nn.init, "trunc_normal_", lambda *args, **kwargs: None)
     monkeypatch.setattr(attention, "attend", gpu_attend)
     d, rows, frames = SHAPES[name].dynamics, 4, 24
@@ -300,7 +301,7 @@ def test_a_row_of_dreams_takes_what_is_foretold(monkeypatch, name):
             dream = world.start(rows, torch.Generator())
             world.observe(dream, latents, actions)
             world.imagine(dream, actions[:, 0])
-    assert 0.9 < stream_bytes(world.dynamics.transformer, frames, 2) / (live.peak / rows) < 1.5
+    assert 0.9 < inference_bytes(world.dynamics.transformer, frames, 2) / (live.peak / rows) < 1.5
 
 
 @pytest.mark.parametrize("machine, dtype", [("H100", "bfloat16"), ("2 CPU cores", "float32")])
