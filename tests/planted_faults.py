@@ -53,8 +53,9 @@ NEAREST = {
     "study": ["chain_wiring"],
     "chain": ["chain_wiring"],
 }
-CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generation", "chain_wiring", "evaluation",
-            "agent", "training", "imagination", "stores", "data", "tokenizer", "endings", "presets"]
+CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generation", "chain_wiring",
+            "evaluation", "agent", "training", "imagination", "stores", "data", "tokenizer", "endings",
+            "presets"]
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks",
           "tokenizer", "dynamics", "generation", "agent", "imagination"]
 WIRING = ["training", "data", "evaluation", "study", "chain"]
