@@ -344,8 +344,9 @@ class Policy:
         self.generator = RowGenerators.seeded(self.seed, range(first, first + n))
         task = torch.full((n,), self.task, device=self.device)
         self.live, tokens = self.heads.live(task), self.heads.tokens(task)
-        self.dream = self.world.start(n, self.generator, tokens.detach())
-        self.cache = self.world.tokenizer.encoder.init_cache(n)
+        with autocast(self.device, inference_dtype(self.device)):       # caches of the dtype in which it acts
+            self.dream = self.world.start(n, self.generator, tokens.detach())
+            self.cache = self.world.tokenizer.encoder.init_cache(n)
         self.action = torch.zeros(n, self.heads.config.action_dim, device=self.device)
 
     @torch.no_grad()

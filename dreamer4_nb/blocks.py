@@ -197,9 +197,16 @@ class BlockCausalTransformer(nn.Module):
                 depth_scale = (2 * config.depth) ** -0.5 if name.endswith(("out.weight", "down.weight")) else 1.0
                 nn.init.trunc_normal_(weight, std=depth_scale * weight.shape[1] ** -0.5)
 
-    def init_cache(self, batch: int, device=None, dtype=torch.float32) -> KVCache:
-        "An empty cache for streaming `batch` rows (device: the weights'). It takes the dtype of the keys it is given."
+    def _key_dtype(self) -> torch.dtype:
+        "Of keys and values: autocast's, where it is on, else the weights'."
+        device = self.norm.gain.device.type
+        autocast = torch.is_autocast_enabled(device)
+        return torch.get_autocast_dtype(device) if autocast else self.layers[0].attention.qkv.weight.dtype
+
+    def init_cache(self, batch: int, device: torch.device | None = None, dtype: torch.dtype | None = None) -> KVCache:
+        "An empty cache for streaming `batch` rows, by default on the weights' device, in the dtype that keys have at present."
         device = self.norm.gain.device if device is None else device
+        dtype = self._key_dtype() if dtype is None else dtype
         return KVCache(self.config.context, *([torch.zeros(batch, *ring, device=device, dtype=dtype) for ring in self._rings()] for _ in range(2)))
 
     def worked_on(self, l: int) -> tuple[int, int]:
@@ -220,8 +227,7 @@ class BlockCausalTransformer(nn.Module):
         expected, found = [(batch, *ring) for ring in self._rings()], [tuple(ring.shape) for ring in cache.keys]
         if found != expected:
             raise UserError(f"the cache has rings {found}, expected {expected}; make it with init_cache({batch}) of this model")
-        device = self.norm.gain.device.type
-        cache.to(torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.layers[0].attention.qkv.weight.dtype)
+        cache.to(self._key_dtype())
 
     def place(self, cache: KVCache, batch: int) -> Place:
         """The place of the next frame of `batch` rows. `forward` takes it in the cache's stead, under `no_grad`, as often as it likes: what it

@@ -48,7 +48,7 @@ class Demo:
     Stop it at any moment; the same command goes on where it stopped. Every setting below may be overridden.
     """
     run: Path = Path("runs/demo")  # folder for checkpoints, logs, results.json and report.html
-    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), long (two cores, two hours), small (one GPU, an hour), base and paper (many GPUs, days), micro (a minute, learns nothing)
+    preset: Name = "tiny"          # where the settings start from: tiny (two cores, 20 minutes), long (two cores, two hours), small (one GPU, hours), base and paper (many GPUs, days), micro (a minute, learns nothing)
     settings: Settings = TINY
 
     def __call__(self):

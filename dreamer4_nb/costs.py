@@ -6,7 +6,7 @@
 __all__ = ['SHAPES', 'LOSSES', 'MACHINES', 'Shape', 'pick_shape', 'build', 'transformers', 'count_parameters', 'forward_flops',
            'teacher_share', 'passes', 'used_heads', 'world_flops', 'costs', 'count_flops', 'random_batches',
            'training_step', 'layer_bytes', 'head_bytes', 'weight_casts', 'activations', 'saved_bytes', 'Machine',
-           'predict', 'best_way', 'stream_bytes', 'inference', 'stream_bound']
+           'predict', 'best_way', 'inference', 'stream_bound']
 
 # %% ../nbs/19_costs.ipynb #cell-2
 import itertools
@@ -40,7 +40,7 @@ class Shape:
     generated: int                          # frames that it makes
     about: str = ""
     clips: tuple[int, int] | None = None    # (batch, length) of the tokenizer's training where it has its own
-    agent: AgentConfig | None = None        # with it the dynamics train as in phase 2: half of the batch is cloned
+    agent: AgentConfig | None = None        # with it the dynamics train as in phase 2, half of the rows cloned
 
     def __post_init__(self):
         t, d, a = self.tokenizer, self.dynamics, self.agent
@@ -51,10 +51,11 @@ class Shape:
             raise UserError(f"batch {self.batch}, length {self.length}, context {self.context}, generated {self.generated}, clips {self.clips}; "
                             "all must be 1 or more")
         if a and (a.width, a.action_dim, a.n_agent) != (d.transformer.width, d.action_dim, d.n_agent):
-            raise UserError(f"the agent has width {a.width}, {a.action_dim} action dimensions and {a.n_agent} tokens, the dynamics "
-                            f"{d.transformer.width}, {d.action_dim} and {d.n_agent}; make them equal")
+            raise UserError(f"the agent has width {a.width}, {a.action_dim} action dimensions and {a.n_agent} tokens, "
+                            f"the dynamics {d.transformer.width}, {d.action_dim} and {d.n_agent}; make them equal")
         if a and self.batch % 2:
-            raise UserError(f"batch {self.batch} with an agent, which needs two equal halves; choose an even number")
+            raise UserError(f"batch {self.batch} with an agent, which needs two equal halves; "
+                            "choose an even number")
 
     @property
     def tokenizer_clips(self) -> tuple[int, int]:
@@ -83,17 +84,20 @@ SHAPES = {
         batch=8, length=24, context=8, generated=16, about="the whole chain on a two-core CPU in minutes", clips=(8, 2)),
     "small": Shape(
         TokenizerConfig(n_latents=16, transformer=_blocks(384, 6, 8, 4, 8, time_every=3)),
-        DynamicsConfig(n_latents=16, pack=1, n_registers=4, p_context=0.1, image_rows=0.1, transformer=_blocks(512, 8, 8, 4, 48)),
+        DynamicsConfig(n_latents=16, pack=1, n_registers=4, p_context=0.1, image_rows=0.1,
+                       transformer=_blocks(512, 8, 8, 4, 48)),
         batch=32, length=64, context=16, generated=16, about="one GPU, one to three hours", clips=(16, 16)),
     "base": Shape(
         TokenizerConfig(image=128, patch=8, n_latents=64, transformer=_blocks(768, 8, 12, 12, 48)),
         DynamicsConfig(n_latents=64, pack=1, n_registers=4, image_rows=0.3, schedule=_fine, transformer=_blocks(1024, 28, 16, 4, 48)),
         batch=4, length=64, context=16, generated=16, about="eight GPUs, 128 x 128, many tasks; the batch of one of them"),
     "paper": Shape(
-        TokenizerConfig(image=512, patch=16, n_latents=512, d_latent=16, transformer=_blocks(1024, 16, 16, 16, 48), **PLAIN_OBJECTIVE),
-        DynamicsConfig(n_latents=512, d_latent=16, pack=2, n_registers=4, image_rows=0.3, short=64, schedule=_fine,
-                       transformer=_blocks(2048, 36, 16, 4, 192)),
-        batch=2, length=256, context=192, generated=12, about="the paper's sizes, frames 512 x 512; the batch of one GPU", clips=(2, 64)),
+        TokenizerConfig(image=512, patch=16, n_latents=512, d_latent=16, transformer=_blocks(1024, 16, 16, 16, 48),
+                        **PLAIN_OBJECTIVE),
+        DynamicsConfig(n_latents=512, d_latent=16, pack=2, n_registers=4, image_rows=0.3, short=64,
+                       schedule=_fine, transformer=_blocks(2048, 36, 16, 4, 192)),
+        batch=2, length=256, context=192, generated=12, clips=(2, 64),
+        about="the paper's sizes, frames 512 x 512; the batch of one GPU"),
 }
 
 
@@ -109,15 +113,16 @@ def pick_shape(shape: str | Shape) -> Shape:
 
 # %% ../nbs/19_costs.ipynb #cell-10
 def build(shape: Shape, device: torch.device) -> dict[str, nn.Module]:
-    """The models of a shape with random weights; on the meta device without any: {"tokenizer": ..., "dynamics": ...}.
+    """The models of a shape with random weights; on the meta device without any.
 
-    With an agent the second is "agent": dynamics and heads."""
+    {"tokenizer": ..., "dynamics": ...}; with an agent the second is "agent": dynamics and heads."""
     with torch.device(device):
         tokenizer = Tokenizer(shape.tokenizer)
         dynamics = Dynamics(shape.dynamics)
         if shape.agent is None:
             return {"tokenizer": tokenizer, "dynamics": dynamics}
-        return {"tokenizer": tokenizer, "agent": nn.ModuleDict({"dynamics": dynamics, "heads": AgentHeads(shape.agent)})}
+        acting = nn.ModuleDict({"dynamics": dynamics, "heads": AgentHeads(shape.agent)})
+        return {"tokenizer": tokenizer, "agent": acting}
 
 
 def transformers(module: nn.Module) -> list[BlockCausalTransformer]:
@@ -141,16 +146,16 @@ def forward_flops(transformer: BlockCausalTransformer, frames: int) -> int:
 
 
 def teacher_share(shape: Shape) -> float:
-    "Share of the rows with the video loss for which the dynamics' bootstrap teacher runs (`draw_levels` rounds up)."
+    "Share of the rows with the video loss that have a bootstrap teacher (`draw_levels` rounds up)."
     return float(np.ceil(shape.dynamics.bootstrap_share * shape.video_rows)) / shape.video_rows
 
 
 def passes(shape: Shape) -> list[tuple[int, int, bool]]:
-    """What goes through the dynamics in a training step and is kept for backward: (rows, frames that a row has there,
-    whether time needs a mask).
+    """What goes through the dynamics in a training step and is kept for backward: (rows, frames that a row has
+    there, whether time needs a mask).
 
-    Phase 2 has two passes (notebook 16): the video loss on half of the rows; and one that reads h on frames as in use,
-    on the other half or, where the first has no context of its own, on all."""
+    Phase 2 has two passes (notebook 16): the video loss on half of the rows; and one that reads h on frames as
+    in use, on the other half or, where the first has no context of its own, on all."""
     d = shape.dynamics
     copies = 2 if d.committed else 1
     longer = shape.length > d.transformer.context
@@ -165,14 +170,18 @@ def used_heads(heads: AgentHeads) -> list[nn.Module]:
     return [heads.policy.net, heads.reward.net, heads.continues]
 
 
-def world_flops(shape: Shape, transformer: BlockCausalTransformer, heads: AgentHeads | None) -> tuple[float, float]:
-    "FLOPs of the dynamics' training: of all that is run forward and kept for backward, and of the teacher. `heads`: the agent's."
+def world_flops(shape: Shape, transformer: BlockCausalTransformer,
+                heads: AgentHeads | None) -> tuple[float, float]:
+    """FLOPs of the dynamics' training: of what is run forward and kept for backward, and of the teacher.
+
+    heads: the agent's, which are added."""
     d = shape.dynamics
     latents = 2 * d.n_tokens * d.d_token * d.transformer.width      # in, or out
     action = 2 * d.action_dim * d.transformer.width
     forward = []
     for number, (rows, frames, _) in enumerate(passes(shape)):
-        ends = frames * (latents + action) + shape.length * latents * (number == 0)     # only the video loss reads latents
+        read = shape.length * latents * (number == 0)               # by the video loss alone
+        ends = frames * (latents + action) + read
         forward.append(rows * (frames * forward_flops(transformer, frames) + ends))
     teacher = 2 * teacher_share(shape) * forward[0]
     if heads is not None:
@@ -183,24 +192,26 @@ def world_flops(shape: Shape, transformer: BlockCausalTransformer, heads: AgentH
 def costs(shape: Shape) -> dict[str, dict[str, float]]:
     """What a shape needs, found without running it: {"tokenizer": {...}, "dynamics" (or "agent"): {...}}.
 
-    parameters; frame_gflops: of training, a frame; step_gflops: of one training step; forward_gflops: the part of it that is run
-    forward and kept; state_mb: weights, gradients and AdamW's two moments, in float32; cache_mb: keys and values of one stream
-    (tokenizer: its decoder), in bfloat16. MB = 10⁶ bytes."""
+    parameters; frame_gflops: of training, a frame; step_gflops: of one training step; forward_gflops: the part
+    of it that is run forward and kept; state_mb: weights, gradients and AdamW's two moments, in float32;
+    cache_mb: keys and values of one stream (tokenizer: its decoder), in bfloat16. MB = 10⁶ bytes."""
     t, out = shape.tokenizer, {}
     models = build(shape, torch.device("meta"))
     tokenizer, (world, trained) = models["tokenizer"], list(models.items())[1]
     dynamics, heads = (trained, None) if shape.agent is None else (trained["dynamics"], trained["heads"])
     ends = 4 * (t.n_patches * t.d_patch + t.n_latents * t.d_latent) * t.transformer.width
     clips, length = shape.tokenizer_clips
-    coding = clips * length * (sum(forward_flops(part, length) for part in (tokenizer.encoder, tokenizer.decoder)) + ends)
-    kinds = {"tokenizer": (tokenizer.decoder, coding, 0, clips * length),
-             world: (dynamics.transformer, *world_flops(shape, dynamics.transformer, heads), shape.batch * shape.length)}
+    coding = forward_flops(tokenizer.encoder, length) + forward_flops(tokenizer.decoder, length) + ends
+    dreaming = world_flops(shape, dynamics.transformer, heads)
+    kinds = {"tokenizer": (tokenizer.decoder, clips * length * coding, 0, clips * length),
+             world: (dynamics.transformer, *dreaming, shape.batch * shape.length)}
     for name, (transformer, forward, teacher, frames) in kinds.items():
         cache = transformer.init_cache(1, torch.device("meta"), torch.bfloat16)
         step = 3 * forward + teacher
         n = count_parameters(models[name])
         out[name] = {"parameters": n, "frame_gflops": step / frames / 1e9, "step_gflops": step / 1e9,
-                     "forward_gflops": forward / 1e9, "state_mb": 16 * n / 1e6, "cache_mb": cache.nbytes / 1e6}
+                     "forward_gflops": forward / 1e9, "state_mb": 16 * n / 1e6,
+                     "cache_mb": cache.nbytes / 1e6}
     return out
 
 # %% ../nbs/19_costs.ipynb #cell-20
@@ -219,22 +230,23 @@ LOSSES = {"tokenizer": tokenizer_loss, "dynamics": dynamics_loss, "agent": _agen
 
 
 def random_batches(shape: Shape, device: torch.device) -> dict[str, Batch]:
-    """A training batch for each model: frames (b, t, c, h, w) in [0, 1] for the tokenizer, latents (b, t, n, d) for the dynamics.
-
-    With an agent the first half of its rows are relevant."""
+    """A training batch for each model: frames (b, t, c, h, w) in [0, 1] for the tokenizer, latents (b, t, n, d)
+    for the dynamics. With an agent the first half of its rows are relevant."""
     def batch(b, t, relevant=0, **content):
         actions = torch.rand(b, t, shape.dynamics.action_dim, device=device) * 2 - 1
         known = torch.ones(b, t, dtype=torch.bool, device=device)
         zeros = torch.zeros(b, t, device=device)
         rows = torch.arange(b, device=device)
-        return Batch(**{"frames": None, "latents": None} | content, actions=actions, action_known=known, intended=actions,
-                     rewards=zeros, continues=zeros + 1, task=0 * rows, relevant=rows < relevant)
+        return Batch(**{"frames": None, "latents": None} | content, actions=actions, action_known=known,
+                     intended=actions, rewards=zeros, continues=zeros + 1, task=0 * rows,
+                     relevant=rows < relevant)
 
     c, d = shape.tokenizer, shape.dynamics
     frames = torch.rand(*shape.tokenizer_clips, c.channels, c.image, c.image, device=device)
     latents = torch.rand(shape.batch, shape.length, d.n_latents, d.d_latent, device=device) * 2 - 1
     world = batch(shape.batch, shape.length, shape.batch - shape.video_rows, latents=latents)
-    return {"tokenizer": batch(*shape.tokenizer_clips, frames=frames), "agent" if shape.agent else "dynamics": world}
+    name = "agent" if shape.agent else "dynamics"
+    return {"tokenizer": batch(*shape.tokenizer_clips, frames=frames), name: world}
 
 
 def training_step(name: str, module: nn.Module, batch: Batch, config: TrainConfig, device: torch.device, dtype: torch.dtype):
@@ -278,23 +290,26 @@ def layer_bytes(transformer: BlockCausalTransformer, frames: int, half: bool, fu
 
 
 def head_bytes(agent: AgentConfig, half: bool) -> int:
-    "What autograd keeps of the agent's heads, a frame: the inputs of three layers each, and what their losses keep in float32."
+    """Bytes that autograd keeps of the agent's heads, a frame: the inputs of three layers each, and what their
+    losses keep in float32."""
     a = 2 if half else 4
-    policy, scalar = agent.action_dim * {"categorical": agent.action_bins}.get(agent.policy, 2), agent.value_bins
+    policy = agent.action_dim * {"categorical": agent.action_bins}.get(agent.policy, 2)
     inputs = 3 * a * (agent.n_agent * agent.width + 4 * agent.hidden)
-    return inputs + (agent.mtp + 1) * 8 * (policy + scalar + 1)
+    return inputs + (agent.mtp + 1) * 8 * (policy + agent.value_bins + 1)
 
 
 def weight_casts(modules: list[nn.Module]) -> int:
     "Bytes of the bfloat16 copies that autocast makes of the weights of all linear layers, in one pass."
-    return sum(2 * layer.weight.numel() for module in modules for layer in module.modules() if isinstance(layer, nn.Linear))
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return sum(2 * layer.weight.numel() for layer in layers)
 
 
 def activations(shape: str | Shape, half: bool, fused: bool = False, recompute: bool = False,
                 casts: bool = True) -> dict[str, tuple[int, int]]:
-    """What a training step keeps for its backward pass: {"tokenizer": (bytes, bytes of the largest layer), "dynamics": ...}.
+    """What a training step keeps for its backward pass: {"tokenizer": (bytes, bytes of the largest layer), ...}.
 
-    casts: count the bfloat16 copies of the weights that autocast makes. half, fused: see `layer_bytes`; recompute: see `TrainConfig`."""
+    casts: count the bfloat16 copies of the weights that autocast makes. half, fused: see `layer_bytes`;
+    recompute: see `TrainConfig`."""
     shape = pick_shape(shape)
     t, d, agent, (clips, length) = shape.tokenizer, shape.dynamics, shape.agent, shape.tokenizer_clips
     a = 2 if half else 4
@@ -302,8 +317,10 @@ def activations(shape: str | Shape, half: bool, fused: bool = False, recompute: 
     tokenizer, (world, trained) = models["tokenizer"], list(models.items())[1]
     dynamics = trained["dynamics"] if agent else trained
     pixels, latents, z = t.n_patches * t.d_patch, t.n_latents * t.d_latent, d.n_tokens * d.d_token
-    coding = (a + 8) * pixels + (4 + a) * latents + a * t.transformer.width * (t.n_latents + t.n_patches) + t.n_patches * (t.mask_max > 0)
-    runs = {"tokenizer": [(part, clips, length, length > t.transformer.context) for part in (tokenizer.encoder, tokenizer.decoder)],
+    tokens = a * t.transformer.width * (t.n_latents + t.n_patches)
+    coding = (a + 8) * pixels + (4 + a) * latents + tokens + t.n_patches * (t.mask_max > 0)
+    seen = clips, length, length > t.transformer.context
+    runs = {"tokenizer": [(tokenizer.encoder, *seen), (tokenizer.decoder, *seen)],
             world: [(dynamics.transformer, *seen) for seen in passes(shape)]}
     ends = {"tokenizer": clips * length * coding,
             world: shape.video_rows * shape.length * (4 * z + a * d.transformer.width * d.n_tokens)
@@ -367,16 +384,19 @@ MACHINES = {m.name: m for m in (
     Machine("H200", 989, 67, 141, 4800, 450, 50))}
 
 # %% ../nbs/19_costs.ipynb #cell-38
-def predict(shape: str | Shape, machine: str | Machine, devices: int = 1, shard: int = 1, dtype: str = "bfloat16", recompute: bool = False,
-            ema: bool = False, accumulate: int = 1) -> dict[str, dict[str, float]]:
-    """Memory and time of a training step on every one of `devices` devices, each with a batch of `shape`: {"tokenizer": {...}, "dynamics": {...}}.
+def predict(shape: str | Shape, machine: str | Machine, devices: int = 1, shard: int = 1, dtype: str = "bfloat16",
+            recompute: bool = False, ema: bool = False, accumulate: int = 1) -> dict[str, dict[str, float]]:
+    """Memory and time of a training step on every one of `devices` devices, each with a batch of `shape`:
+    {"tokenizer": {...}, "dynamics": {...}}.
 
-    shard: devices that share one copy of weights, gradients, moments and average, as in `TrainConfig` (1: DDP; 0 = all: FSDP; between: HSDP);
-    accumulate: batches in a step.
-    In GB: weights, gradients, moments, average (with `ema`), gathered (whole weights and gradients of the blocks at work, or DDP's
-    buckets; with FSDP and `accumulate` all gradients), activations, working (of the layer at work), and memory, the peak of them all.
-    In seconds: products, traffic, start, exchange, and step: with the exchange behind the work, apart: one after the other.
-    frames: a step's, of all devices; fps. `UserError` for an unknown name or dtype, and for devices that `shard` does not divide."""
+    shard: devices that share one copy of weights, gradients, moments and average, as in `TrainConfig` (1: DDP;
+    0 = all: FSDP; between: HSDP); accumulate: batches in a step.
+    In GB: weights, gradients, moments, average (with `ema`), gathered (whole weights and gradients of the blocks
+    at work, or DDP's buckets; with FSDP and `accumulate` all gradients), activations, working (of the layer at
+    work), and memory, the peak of them all.
+    In seconds: products, traffic, start, exchange, and step: with the exchange behind the work, apart: one after
+    the other. frames: a step's, of all devices; fps.
+    `UserError` for an unknown name or dtype, and for devices that `shard` does not divide."""
     shape, m, shard = pick_shape(shape), _pick("machine", MACHINES, machine), shard or devices
     if min(devices, shard) < 1 or devices % shard:
         raise UserError(f"{devices} devices cannot be cut into groups of {shard}; choose a shard that divides devices")
@@ -393,26 +413,29 @@ def predict(shape: str | Shape, machine: str | Machine, devices: int = 1, shard:
         block = max(map(count_parameters, layers))
         frames = int(np.prod(shape.tokenizer_clips)) if name == "tokenizer" else shape.batch * shape.length
         forwards = 1 if name == "tokenizer" else len(passes(shape))
-        taught = 0 if name == "tokenizer" or not teacher_share(shape) else 2        # forward passes of the teacher
+        taught = 0 if name == "tokenizer" or not teacher_share(shape) else 2    # the teacher's forward passes
         again = 1 + recompute * row["forward_gflops"] / row["step_gflops"]
         gathered = 4 * n * (devices > 1)
         if shard > 1:
-            gathered = 2 * (a + 4) * block + a * (n - sum(map(count_parameters, layers))) + 4 * n * (accumulate > 1)
-        r = {"weights": 4 * n / shard, "gradients": 4 * n / shard, "moments": 8 * n / shard, "average": 4 * n * ema / shard, "gathered": gathered,
-             "activations": kept[name][0], "working": (recompute + 0.3) * kept[name][1]}
-        going = 0 if accumulate > 1 else min(r["gradients"], r["activations"])      # as gradients come, activations go
+            rest = n - sum(map(count_parameters, layers))
+            gathered = 2 * (a + 4) * block + a * rest + 4 * n * (accumulate > 1)
+        r = {"weights": 4 * n / shard, "gradients": 4 * n / shard, "moments": 8 * n / shard,
+             "average": 4 * n * ema / shard, "gathered": gathered, "activations": kept[name][0],
+             "working": (recompute + 0.3) * kept[name][1]}
+        going = 0 if accumulate > 1 else min(r["gradients"], r["activations"])  # as gradients come, activations go
         r["memory"] = sum(r.values()) - going
         r = {key: value / 1e9 for key, value in r.items()}
         r["products"] = accumulate * row["step_gflops"] * again / (1e3 * peak * m.reach)
-        adam = 28 * n / shard                                                       # reads 16 bytes, writes 12
+        adam = 28 * n / shard                                                   # reads 16 bytes, writes 12
         r["traffic"] = (accumulate * m.moves * stored[name][0] * again + adam) / (1e9 * m.bandwidth)
         r["start"] = accumulate * m.start * len(layers) * (forwards + (forwards * recompute + taught) / 4)
         fetched = accumulate * (2 * forwards + taught) * a * n + 4 * n
         r["exchange"] = ((fetched * (shard - 1) / shard / link(shard) if shard > 1 else 0)
                          + (8 * n / shard * (groups - 1) / groups / link(devices) if groups > 1 else 0))
         work = r["products"] + r["traffic"]
-        work = max(work, r["start"]) if m.gpu else work + r["start"]                # a GPU works while the next operations are started
-        r |= {"step": max(work, r["exchange"]), "apart": work + r["exchange"], "frames": accumulate * frames * devices}
+        work = max(work, r["start"]) if m.gpu else work + r["start"]        # a GPU works while the next are started
+        r |= {"step": max(work, r["exchange"]), "apart": work + r["exchange"],
+              "frames": accumulate * frames * devices}
         out[name] = {key: float(value) for key, value in r.items()} | {"fps": float(r["frames"] / r["step"])}
     return out
 
@@ -433,22 +456,22 @@ def best_way(shape: str | Shape, machine: str | Machine, devices: int = 1, ema: 
     return out
 
 # %% ../nbs/19_costs.ipynb #6320afb0
-def stream_bytes(transformer: BlockCausalTransformer, frames: int, itemsize: int) -> float:
-    "Bytes that a row of a stream takes at most, `frames` frames at a time. Its rings are made in float32 and cast where products are not."
-    rings = transformer.init_cache(1, torch.device("meta")).nbytes
-    return max(inference_bytes(transformer, frames, itemsize), rings * 1.5 if itemsize == 2 else rings)
+def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int,
+              dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
+    """Memory of what runs without gradients on one device, for a shape with an agent: {"encode": {...},
+    "imagine": {...}, "act": {...}}.
 
-
-def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int, dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
-    """Memory of what runs without gradients on one device, for a shape with an agent: {"encode": {...}, "imagine": {...}, "act": {...}}.
-
-    encode: episodes of `frames` frames, in pieces (notebook 12); imagine: phase 3, the shape's batch at once, each row with its
-    context and then frame by frame; act: the closed loop of `episodes` episodes, as many at a time as `Policy.rows` says.
-    weights, row, memory: GB; rows: at a time, of encode and act what half of what the weights leave free can hold (on a CPU 2 GB).
-    weights are float32; phase 3 has those of the world twice. UserError for a shape without an agent."""
+    encode: episodes of `frames` frames, in pieces (notebook 12); imagine: phase 3, the shape's batch at once,
+    each row with its context and then frame by frame; act: the closed loop of `episodes` episodes, as many at a
+    time as `Policy.rows` says.
+    weights, row, memory: GB; rows: at a time, of encode and act what half of what the weights leave free can
+    hold (on a CPU 2 GB). weights are float32; phase 3 has those of the world twice.
+    UserError for a shape without an agent."""
     if shape.agent is None:
-        raise UserError("this shape has no agent, which imagines and acts; give replace(shape, agent=AgentConfig(...))")
-    m, a, agent = _pick("machine", MACHINES, machine), 2 if dtype == "bfloat16" else 4, shape.agent
+        raise UserError("this shape has no agent, which imagines and acts; "
+                        "give replace(shape, agent=AgentConfig(...))")
+    m, agent = _pick("machine", MACHINES, machine), shape.agent
+    a = 2 if dtype == "bfloat16" else 4
     models = build(shape, torch.device("meta"))
     tokenizer, dynamics, heads = models["tokenizer"], models["agent"]["dynamics"], models["agent"]["heads"]
     of_tokenizer, of_heads = 4 * count_parameters(tokenizer), 4 * count_parameters(heads)
@@ -460,15 +483,20 @@ def inference(shape: Shape, machine: str | Machine, frames: int, episodes: int, 
         piece = -(-piece // 2)
     coded = coding_bytes(tokenizer.encoder, tokenizer.config, piece, a)
     trained = 16 * (count_parameters(heads.policy) + count_parameters(heads.value)) + 2 * of_heads
-    dreamt = stream_bytes(dynamics.transformer, shape.context, a) + (shape.generated + 1) * head_bytes(agent, a == 2)
-    played = stream_bytes(dynamics.transformer, 1, a) + stream_bytes(tokenizer.encoder, 1, a)
-    counted = inference_bytes(dynamics.transformer, 1) + inference_bytes(tokenizer.encoder, 1)      # by `Policy.rows`
+    dreamt = inference_bytes(dynamics.transformer, shape.context, a)
+    dreamt += (shape.generated + 1) * head_bytes(agent, a == 2)
+    played = inference_bytes(dynamics.transformer, 1, a) + inference_bytes(tokenizer.encoder, 1, a)
+    counted = inference_bytes(dynamics.transformer, 1) + inference_bytes(tokenizer.encoder, 1)  # by `Policy.rows`
     at_a_time = max(1, int(budget(of_world + of_heads) // counted))
-    needs = {"encode": (of_tokenizer, coded, len(row_chunks(min(8, episodes), coded, budget(of_tokenizer))[0])),
+    together = row_chunks(min(8, episodes), coded, budget(of_tokenizer))
+    needs = {"encode": (of_tokenizer, coded, len(together[0])),
              "imagine": (2 * of_world + trained, dreamt, shape.batch),
              "act": (of_world + of_heads, played, max(map(len, row_chunks(episodes, 1, at_a_time))))}
-    return {name: {"weights": weights / 1e9, "row": row / 1e9, "rows": rows, "memory": (weights + rows * row) / 1e9}
-            for name, (weights, row, rows) in needs.items()}
+    out = {}
+    for name, (weights, row, rows) in needs.items():
+        memory = weights + rows * row
+        out[name] = {"weights": weights / 1e9, "row": row / 1e9, "rows": rows, "memory": memory / 1e9}
+    return out
 
 # %% ../nbs/19_costs.ipynb #cell-53
 def stream_bound(shape: str | Shape, machine: str | Machine) -> dict[str, float]:
@@ -482,7 +510,8 @@ def stream_bound(shape: str | Shape, machine: str | Machine) -> dict[str, float]
     for key, name, part in (("frame", "dynamics", models["dynamics"].transformer), ("decoded", "tokenizer", models["tokenizer"].decoder)):
         read = 2e-9 * count_parameters(part) + need[name]["cache_mb"] / 1e3
         out["memory"] += read
-        out[key] = 1e3 * runs[name] * max(read / m.bandwidth, forward_flops(part, part.config.context) / (1e12 * m.peak_bf16 * m.reach))
+        flops = forward_flops(part, part.config.context)
+        out[key] = 1e3 * runs[name] * max(read / m.bandwidth, flops / (1e12 * m.peak_bf16 * m.reach))
     layers = runs["dynamics"] * shape.dynamics.transformer.depth + shape.tokenizer.transformer.depth
     out["start"] = 1e3 * m.start / 4 * layers                                       # forward only: a quarter of a training step's operations
     bound = out["frame"] + out["decoded"]

@@ -74,6 +74,11 @@ class EvaluationPhase:
     dreams: int = 32                      # held-out windows on which dreams are measured
     videos: int = 3                       # episodes shown in the report
 
+    @property
+    def seeds(self) -> range:
+        "The seeds of the episodes."
+        return range(self.first_seed, self.first_seed + self.episodes)
+
 # %% ../nbs/21_presets.ipynb #cell-11
 @dataclass(frozen=True)
 class Preset:
@@ -135,7 +140,8 @@ def _trained(phase, steps: int, **settings):
 
 TINY = Preset(
     episodes=400,
-    tokenizer=_tokens("tiny", TrainConfig(steps=3000, lr=1e-3, muon=20, decay_share=0.4, log_every=100), perceptual=0.0, settle=2000),
+    tokenizer=_tokens("tiny", TrainConfig(steps=3000, lr=1e-3, muon=20, decay_share=0.4, log_every=100),
+                      perceptual=0.0, settle=2000),
     dynamics=_world("tiny", TrainConfig(steps=2000, lr=1e-3, muon=20, decay_share=0.4, ema=0.998)),
     agent=AgentPhase(train=TrainConfig(steps=700, lr=1e-3, muon=10, ema=0.99), batch=24),
     imagination=ImaginationPhase(ImaginationConfig(gamma=0.95), TrainConfig(steps=150, lr=1e-3, warmup=10)),
@@ -152,7 +158,8 @@ LONG = replace(
 SMALL = Preset(
     tokenizer=_tokens("small", TrainConfig(steps=20_000, ema=0.999), settle=8000),
     dynamics=_world("small", TrainConfig(steps=30_000, ema=0.999)),
-    agent=AgentPhase(AgentConfig(hidden=512), TrainConfig(steps=8_000, ema=0.999, accumulate=2), batch=32, length=48),
+    agent=AgentPhase(AgentConfig(hidden=512), TrainConfig(steps=8_000, ema=0.999, accumulate=2),
+                     batch=32, length=64),
     imagination=ImaginationPhase(ImaginationConfig(context=16), TrainConfig(steps=2_000), batch=256),
     evaluation=EvaluationPhase(episodes=500, demonstrator=100, dreams=128))
 
@@ -160,8 +167,9 @@ _thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, 
 _short = TrainConfig(steps=4, warmup=1, log_every=1, save_every=2)
 MICRO = Preset(
     episodes=12, held_out=0.25,
-    tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8, transformer=replace(_thin, context=3)), _short,
-                             batch=2, length=4, settle=3),
+    tokenizer=TokenizerPhase(TokenizerConfig(patch=16, n_latents=4, d_latent=8,
+                                             transformer=replace(_thin, context=3)),
+                             _short, batch=2, length=4, settle=3),
     dynamics=DynamicsPhase(DynamicsConfig(transformer=_thin), _short, batch=4, length=12),
     agent=AgentPhase(AgentConfig(hidden=32), _short, batch=8, length=12),
     imagination=ImaginationPhase(ImaginationConfig(context=4, horizon=3), _short, batch=4),
@@ -172,7 +180,8 @@ BASE = Preset(
     tasks=tuple(sorted(TASKS)), data="demonstrations/*.zarr", workers=16,
     tokenizer=_tokens("base", TrainConfig(steps=100_000, ema=0.999, **_spread), settle=20_000),
     dynamics=_world("base", TrainConfig(steps=100_000, ema=0.999, **_spread)),
-    agent=AgentPhase(AgentConfig(hidden=1024), TrainConfig(steps=20_000, ema=0.999, recompute=True, **_spread), batch=8, length=64),
+    agent=AgentPhase(AgentConfig(hidden=1024), TrainConfig(steps=20_000, ema=0.999, recompute=True, **_spread),
+                     batch=8, length=64),
     imagination=ImaginationPhase(ImaginationConfig(context=32), TrainConfig(steps=5_000), batch=64),
     evaluation=EvaluationPhase(episodes=500, decisions=500, demonstrator=100, dreams=128))
 
@@ -190,41 +199,46 @@ MINUTES = {"data": 1, "tokenizer": 5, "latents": 1, "dynamics": 3, "agent": 3, "
 
 # %% ../nbs/21_presets.ipynb #be298b77
 def phase_shapes(preset: Preset) -> dict[str, Shape]:
-    """What each phase works on, for the predictions of notebook 19: {"tokenizer": ..., "slow": ..., "dynamics": ..., "agent": ...,
-    "imagination": ...}.
+    """What each phase works on, for the predictions of notebook 19: {"tokenizer": ..., "slow": ...,
+    "dynamics": ..., "agent": ..., "imagination": ...}.
 
-    "slow": the second part of the tokenizer's training, in clips of one frame more than its context; not there with settle=0.
-    The batch of "imagination" is one of dreams, its `context` and `generated` the frames of a dream."""
+    "slow": the second part of the tokenizer's training, not there with settle=0. The batch of "imagination" is
+    one of dreams, its `context` and `generated` the frames of a dream."""
     p = linked(preset)
     tokens, world, agent, dream = p.tokenizer, p.dynamics, p.agent, p.imagination
     clips = tokens.batch, tokens.length
     frames = dict(context=dream.model.context, generated=dream.model.horizon)
     whole = Shape(tokens.model, world.model, world.batch, world.length, clips=clips, **frames)
     acting = replace(whole, dynamics=replace(world.model, n_agent=agent.model.n_agent), agent=agent.model)
-    out = {"tokenizer": whole, "dynamics": whole, "agent": replace(acting, batch=agent.batch // 2 * 2, length=agent.length),
+    out = {"tokenizer": whole, "dynamics": whole,
+           "agent": replace(acting, batch=agent.batch // 2 * 2, length=agent.length),
            "imagination": replace(acting, batch=dream.batch, length=dream.model.context)}
     if tokens.settle:
         out["slow"] = replace(whole, clips=settling_clips(tokens.model, *clips, tokens.settle))
     return out
 
 # %% ../nbs/21_presets.ipynb #d409040d
-MEANT_FOR = {"micro": ("2 CPU cores", 1, 8), "tiny": ("2 CPU cores", 1, 8), "long": ("2 CPU cores", 1, 8), "small": ("RTX 4090", 1, 24),
-             "base": ("H100", 8, 80), "paper": ("H100", 8, 80)}     # a machine of notebook 19, how many of them, GB of each
+MEANT_FOR = {   # a machine of notebook 19, how many of them, GB of each
+    "micro": ("2 CPU cores", 1, 8), "tiny": ("2 CPU cores", 1, 8), "long": ("2 CPU cores", 1, 8),
+    "small": ("RTX 4090", 1, 24), "base": ("H100", 8, 80), "paper": ("H100", 8, 80)}
 
 
-def foretold(preset: Preset, machine: str | Machine, devices: int = 1, frames: int = 501, dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
-    """Memory (GB of each device) of every phase, of encoding and of the closed loop, and seconds and hours of what is trained.
+def foretold(preset: Preset, machine: str | Machine, devices: int = 1, frames: int = 501,
+             dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
+    """Memory (GB of each device) of every phase, of encoding and of the closed loop; seconds of a step and hours
+    of what is trained.
 
-    frames: of the longest episode, which is encoded. The figures are those of `predict` and `inference` (notebook 19): {"tokenizer":
-    {"memory", "step", "hours", ...}, "slow": ..., "dynamics": ..., "agent": ..., "imagination": {"memory", ...}, "encode": ..., "act": ...}."""
-    machine, out = MACHINES[machine] if isinstance(machine, str) else machine, {}
-    shapes = phase_shapes(preset)
+    frames: of the longest episode, which is encoded. The figures are those of `predict` and `inference` (notebook
+    19): {"tokenizer": {"memory", "step", "hours", ...}, "slow": ..., "dynamics": ..., "agent": ...,
+    "imagination": {"memory", ...}, "encode": ..., "act": ...}. `UserError` for an unknown machine."""
+    shapes, out = phase_shapes(preset), {}
     for name in ("tokenizer", "slow", "dynamics", "agent"):
         if name in shapes:
             phase = preset.tokenizer if name == "slow" else getattr(preset, name)
             steps, train = phase.settle if name == "slow" else phase.train.steps, phase.train
-            row = predict(shapes[name], machine, devices, train.shard, dtype, train.recompute, train.ema > 0, train.accumulate)
-            out[name] = row["tokenizer" if name == "slow" else name]
+            found = predict(shapes[name], machine, devices, train.shard, dtype, train.recompute, train.ema > 0,
+                            train.accumulate)
+            out[name] = found["tokenizer" if name == "slow" else name]
             out[name]["hours"] = steps * out[name]["step"] / 3600
     free = inference(shapes["imagination"], machine, frames, preset.evaluation.episodes, dtype)
     return out | {"imagination": free["imagine"], "encode": free["encode"], "act": free["act"]}

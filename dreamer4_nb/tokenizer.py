@@ -458,10 +458,10 @@ def load_tokenizer(path=None) -> Tokenizer:
     return tokenizer.eval()
 
 
-def encode_store(store, tokenizer: Tokenizer, path, budget: float | None = None) -> LatentStore:
+def encode_store(store, tokenizer: Tokenizer, path, budget: float | None = None, progress: bool = True) -> LatentStore:
     """Encodes every episode once, as one causal stream; returns the LatentStore at `path`.
-    budget: bytes that a piece of it may take, as for `encode_stream`."""
-    return LatentStore.encode(store, partial(encode_stream, tokenizer, budget=budget), path)
+    budget: bytes that a piece of it may take, as for `encode_stream`. progress: show a bar."""
+    return LatentStore.encode(store, partial(encode_stream, tokenizer, budget=budget), path, progress=progress)
 
 # %% ../nbs/12_tokenizer.ipynb #cell-65
 BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)

@@ -25,8 +25,8 @@ def rows(batch: int) -> int:
 def thin(c: TransformerConfig) -> TransformerConfig:
     "Two rounds of layers at most, 32 channels, keys shared as before."
     heads = 4
-    return replace(c, width=32, depth=min(c.depth, 2 * c.time_every), heads=heads, kv_heads=max(1, heads * c.kv_heads // c.heads),
-                   context=frames(c.context))
+    return replace(c, width=32, depth=min(c.depth, 2 * c.time_every), heads=heads,
+                   kv_heads=max(1, heads * c.kv_heads // c.heads), context=frames(c.context))
 
 
 def shrunk(preset: Preset, steps: int = 2) -> Preset:
@@ -36,11 +36,14 @@ def shrunk(preset: Preset, steps: int = 2) -> Preset:
     t, d, a, i = preset.tokenizer, preset.dynamics, preset.agent, preset.imagination
 
     def phase(old, model, **sizes):
-        train = replace(old.train, steps=steps, warmup=1, log_every=1, save_every=1, compile=False, device="cpu")
+        train = replace(old.train, steps=steps, warmup=1, log_every=1, save_every=1, compile=False,
+                        device="cpu")
         return replace(old, model=model, train=train, batch=rows(old.batch), **sizes)
 
-    tokens = replace(t.model, image=IMAGE, patch=8, n_latents=8, d_latent=8, transformer=thin(t.model.transformer))
-    world = replace(d.model, n_latents=8, d_latent=8, short=frames(d.model.short), transformer=thin(d.model.transformer))
+    tokens = replace(t.model, image=IMAGE, patch=8, n_latents=8, d_latent=8,
+                     transformer=thin(t.model.transformer))
+    world = replace(d.model, n_latents=8, d_latent=8, short=frames(d.model.short),
+                    transformer=thin(d.model.transformer))
     dream = replace(i.model, context=frames(i.model.context), horizon=3)
     return replace(
         preset, episodes=None, held_out=0.2, workers=1, threads=1,
@@ -53,9 +56,11 @@ def shrunk(preset: Preset, steps: int = 2) -> Preset:
 def noise_store(folder: Path, preset: Preset) -> EpisodeStore:
     """Episodes of noise for a shrunk preset, of each of its tasks, with actions as wide as the task's: some shorter
     and some longer than the longest window, of both qualities that are cloned and of others."""
-    window = max(preset.tokenizer.length, preset.tokenizer.model.transformer.context + 1, preset.dynamics.length, preset.agent.length)
+    tokens = preset.tokenizer
+    window = max(tokens.length, tokens.model.transformer.context + 1, preset.dynamics.length, preset.agent.length)
     shortest = max(2, window // 2, preset.imagination.model.context)
-    lengths, qualities = (2 * window, shortest, window + 3, shortest, 2 * window), ("expert", "medium", "poor", "random", "medium")
+    lengths = 2 * window, shortest, window + 3, shortest, 2 * window
+    qualities = "expert", "medium", "poor", "random", "medium"
     rng, parts = np.random.default_rng(0), []
     for task in preset.tasks:
         width = task_info(task).action_dim
@@ -64,7 +69,8 @@ def noise_store(folder: Path, preset: Preset) -> EpisodeStore:
             actions = rng.uniform(-1, 1, (n, width)).astype(np.float32)
             actions[0] = 0
             pictures = rng.integers(0, 256, (n, IMAGE, IMAGE, 3), np.uint8)
-            episodes.append(Episode(actions=actions, rewards=rng.integers(0, 3, n), frames=pictures, task=task, quality=quality))
+            episodes.append(Episode(actions=actions, rewards=rng.integers(0, 3, n), frames=pictures, task=task,
+                                    quality=quality))
         with building(folder / f"{task}.zarr") as beside:
             store = EpisodeStore.create(beside, task, width, (IMAGE, IMAGE, 3))
             store.extend(episodes)

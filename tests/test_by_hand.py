@@ -13,6 +13,7 @@ from torch import nn
 from dreamer4_nb.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
 from dreamer4_nb.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm,
                                    segment_mask, time_mask)
+from dreamer4_nb.core import UserError, pick_device
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.flow import expand_as, interpolate, noise_like, velocity_from_x
@@ -473,3 +474,15 @@ def test_phase_3_scores_every_step_of_its_dreams():
     assert losses["value"].item() == pytest.approx(mean(values), rel=1e-4)
     assert metrics["return"].item() == pytest.approx(sum(returns) / 16, rel=1e-4, abs=1e-5)
     assert metrics["positive"].item() == pytest.approx(len(good) / 16)
+
+
+def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch):
+    "Also where nothing has chosen a device before: `cuda` alone is the first GPU to all processes."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:3") and pick_device("cuda:1") == torch.device("cuda:1")
+    monkeypatch.setenv("LOCAL_RANK", "8")
+    with pytest.raises(UserError, match="8 usable GPUs"):
+        pick_device("auto")

@@ -234,6 +234,46 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
     assert len(calls) == 6
 
 
+def test_the_dream_in_use_is_that_of_the_world_after_phase_2(made, monkeypatch):
+    run = Run(made.run.folder, made.run.asked)
+    (made.run.folder / "metrics.json").unlink(missing_ok=True)
+    calls = watch(monkeypatch, chain, "rollout_report")
+    found = measured(run, in_use=True)
+    before, after = (args[0] for _, args, _ in calls)
+    assert before.dynamics is run.dynamics and after is run.world and not same(before.dynamics, after.dynamics)
+    assert found["dream"]["mean"] != found["dream_in_use"]["mean"]
+    assert measured(run, in_use=True) == found == measured(run) and len(calls) == 2
+    monkeypatch.setattr(chain, "figures", lambda run, dream: {})
+    page, = finish(run)
+    assert json.loads((run.folder / "results.json").read_text())["dream_in_use"] == found["dream_in_use"]
+    assert "after phase 2" in page.read_text()
+
+
+def test_seeds_of_the_data_are_refused_before_anything_is_trained(preset, tmp_path, monkeypatch):
+    real = EpisodeStore.open(preset.data)
+    monkeypatch.setattr(EpisodeStore, "seeds", property(lambda store: np.arange(len(store.lengths)) + 70))
+    run = Run(tmp_path / "run", preset)
+    with pytest.raises(UserError, match="3 of 3 seeds .* choose --first-seed 78"):
+        run.imagination
+    assert not list(run.folder.glob("*.safetensors")) and real.n_episodes == 8
+
+
+def test_a_run_of_an_older_package_goes_on(made, monkeypatch):
+    "Settings that it did not know have had their defaults."
+    path = made.run.folder / "phases.json"
+    kept = path.read_text()
+    phases = json.loads(kept)
+    for entry in phases.values():
+        for phase, setting in (("agent", "reward_range"), ("agent", "action_dims"), ("tokenizer", "spread_weight")):
+            entry["made_with"].get(phase, {}).get("model", {}).pop(setting, None)
+    path.write_text(json.dumps(phases))
+    try:
+        monkeypatch.setattr(chain, "train_agent", None)          # is not called
+        assert same(Run(made.run.folder, made.run.asked).agent[1], made.run.agent[1])
+    finally:
+        path.write_text(kept)
+
+
 def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
     monkeypatch.setattr(chain, "figures", lambda run, dream: {})
     page, = finish(made.run)

@@ -1,15 +1,16 @@
 "An episode that the task ends is told from one that runs out of time, from dm_control to the batch."
 import numpy as np
 import pytest
-from dm_control.suite.ball_in_cup import BallInCup
 
-from dreamer4_nb import envs
+from dreamer4_nb import envs        # before dm_control: it chooses how to draw
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data import Windows, _shipped, load_demonstrations
 from dreamer4_nb.envs import VectorEnv, make_env, render_states
 from dreamer4_nb.planner import Planner, collect_episodes, save_demonstrations
 from dreamer4_nb.presets import PAPER
 from dreamer4_nb.stores import Episode, EpisodeStore
+
+from dm_control.suite.ball_in_cup import BallInCup
 
 BALL = "ball_in_cup-catch"
 ENDS_SOON = """

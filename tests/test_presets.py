@@ -1,4 +1,4 @@
-"A preset is tested as what it is: a run. On paper against its data and its machine, and with small models for two true steps a phase."
+"A preset is tested as a run: on paper against its data and machine; with small models for two steps of each phase."
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +12,7 @@ from dreamer4_nb import agent, dynamics, imagination, presets, tokenizer
 from dreamer4_nb.agent import AgentHeads, train_agent
 from dreamer4_nb.core import asset, to_dict
 from dreamer4_nb.costs import MACHINES, SHAPES, count_parameters
-from dreamer4_nb.data import LatentStore
+from dreamer4_nb.data import LatentStore, Windows
 from dreamer4_nb.dynamics import Dynamics, train_dynamics
 from dreamer4_nb.forcing import draw_levels
 from dreamer4_nb.generation import WorldModel
@@ -36,14 +36,16 @@ def shipped():
 # On paper
 
 MILLIONS = {"tiny": (0.88, 0.77, 0.66), "long": (0.88, 1.51, 0.66), "small": (19.7, 23.3, 2.6),
-            "base": (114, 308, 10.2), "paper": (407, 1589, 37), "micro": (0.10, 0.026, 0.042)}     # tokenizer, dynamics, heads
+            "base": (114, 308, 10.2), "paper": (407, 1589, 37), "micro": (0.10, 0.026, 0.042)}
 
 
 @every_preset
 def test_sizes_are_those_that_are_meant(name):
+    "Of tokenizer, dynamics with agent tokens, and heads."
     p = linked(PRESETS[name])
+    acting = replace(p.dynamics.model, n_agent=p.agent.model.n_agent)
     with META:
-        parts = Tokenizer(p.tokenizer.model), Dynamics(replace(p.dynamics.model, n_agent=p.agent.model.n_agent)), AgentHeads(p.agent.model)
+        parts = Tokenizer(p.tokenizer.model), Dynamics(acting), AgentHeads(p.agent.model)
     assert [count_parameters(part) / 1e6 for part in parts] == pytest.approx(MILLIONS[name], rel=0.02)
 
 
@@ -51,8 +53,8 @@ def levels(config, rows, frames):
     "Rows with a teacher, and the share of coarse frames over many batches of so many rows."
     generator, coarse = torch.Generator().manual_seed(0), []
     for _ in range(200):
-        _, j, n = draw_levels((rows, frames), config.schedule, generator, config.bootstrap_share, config.p_context,
-                              mixed=not config.committed)
+        _, j, n = draw_levels((rows, frames), config.schedule, generator, config.bootstrap_share,
+                              config.p_context, mixed=not config.committed)
         coarse.append((j < config.schedule.grid.j_min).float().mean())
     return n, float(torch.stack(coarse).mean())
 
@@ -60,8 +62,8 @@ def levels(config, rows, frames):
 @every_preset
 @pytest.mark.parametrize("phase", ["dynamics", "agent"])
 def test_every_batch_trains_the_large_steps(name, phase):
-    """In phase 2 the world loss has the uniform half of the batch. Frames with a target of the teacher's are as many as
-    asked for, less those whose own step is the smallest or that are put at the level of the context."""
+    """In phase 2 the world loss has the uniform half of the batch. Frames with a target of the teacher's are as
+    many as asked for, less those whose own step is the smallest or that are put at the level of the context."""
     p = linked(PRESETS[name])
     batch, length = getattr(p, phase).batch, getattr(p, phase).length
     rows = batch if phase == "dynamics" else batch // 2
@@ -88,7 +90,7 @@ def test_contexts_are_filled_in_training(name):
 
 @every_preset
 def test_own_terms_of_the_tokenizer_compare_clips_or_are_off(name):
-    "Spread and change are measured over a batch: one clip alone says that what stands still in it is never used."
+    "Spread and change are measured over a batch; one clip alone says nothing about them."
     p = PRESETS[name].tokenizer
     slow = p.model.transformer.context + 1
     off = getattr(p.model, "spread_weight", 3) == 0 and p.model.slowness == (0, 0)
@@ -100,20 +102,22 @@ def test_all_fits_into_the_memory_it_is_meant_for(name):
     "Training leaves a tenth free. On a laptop the libraries (1 GB) and the frames are in the same memory."
     p, (machine, devices, gb) = PRESETS[name], presets.MEANT_FOR[name]
     machine = replace(MACHINES[machine], memory=gb)
-    beside = 0.0 if machine.gpu else 1 + shipped()[0][:p.episodes].sum() * p.tokenizer.model.image ** 2 * 3 / 1e9
+    frames = shipped()[0][:p.episodes].sum() * p.tokenizer.model.image ** 2 * 3 / 1e9
+    beside = 0.0 if machine.gpu else 1 + frames
     longest = shipped()[0].max() if p.data == "shipped" else p.evaluation.decisions + 1
     for dtype in ("bfloat16",) if machine.gpu else ("bfloat16", "float32"):
         found = presets.foretold(p, machine, devices, int(longest), dtype)
         assert found.keys() - {"slow"} == {"tokenizer", "dynamics", "agent", "imagination", "encode", "act"}
-        assert {phase: row["memory"] for phase, row in found.items() if row["memory"] + beside > 0.9 * gb} == {}
+        too_large = {phase: row["memory"] for phase, row in found.items() if row["memory"] + beside > 0.9 * gb}
+        assert too_large == {}
         assert p.evaluation.episodes / found["act"]["rows"] <= 100
 
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() & SHAPES.keys()))
 def test_printed_costs_are_those_of_the_preset(name):
-    "Notebook 19 counts shapes; what it says of one is true of the preset, but for actions and scenes of several tasks."
-    shape, phases = SHAPES[name], presets.phase_shapes(PRESETS[name])
-    assert phases["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (PRESETS[name].tokenizer.batch, PRESETS[name].tokenizer.length)
+    "Notebook 19 counts shapes; what it says holds for the preset, but for actions and scenes of several tasks."
+    shape, phases, tokens = SHAPES[name], presets.phase_shapes(PRESETS[name]), PRESETS[name].tokenizer
+    assert phases["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
     assert (phases["dynamics"].batch, phases["dynamics"].length) == (shape.batch, shape.length)
     assert phases["tokenizer"].tokenizer == replace(shape.tokenizer, scenes=len(PRESETS[name].tasks))
     assert replace(phases["dynamics"].dynamics, action_dim=2) == shape.dynamics
@@ -173,36 +177,55 @@ def as_long_as_shipped(tmp_path_factory):
     folder, (lengths, rewards) = tmp_path_factory.mktemp("shipped"), shipped()
     with np.load(asset("demos_ball_in_cup-catch.npz")) as data:
         qualities = data["quality"].astype(str)
-    stores = []
-    for kind, shape, dtype, more in (("frames", (8, 8, 3), "uint8", {}),
-                                     ("latents", (8, 8), "float16", {"mean": np.zeros((8, 8)).tolist(), "std": np.ones((8, 8)).tolist()})):
+    stores, statistics = [], {"mean": np.zeros((8, 8)).tolist(), "std": np.ones((8, 8)).tolist()}
+    for kind, shape, dtype, more in (("frames", (8, 8, 3), "uint8", {}), ("latents", (8, 8), "float16", statistics)):
         with building(folder / kind) as beside:
             store = EpisodeStore.create(beside, "ball_in_cup-catch", 2, shape, 0, kind, dtype, **more)
-            store.extend([Episode(actions=np.zeros((n, 2)), rewards=r, quality=str(q), **{kind: np.zeros((n, *shape), dtype)})
+            store.extend([Episode(actions=np.zeros((n, 2)), rewards=r, quality=str(q),
+                                  **{kind: np.zeros((n, *shape), dtype)})
                           for n, r, q in zip(lengths, rewards, qualities)])
             store.finish()
         stores.append(EpisodeStore.open(folder / kind))
     return stores[0], LatentStore(stores[1])
 
 
+def rewarded(windows):
+    "Share of frames with a reward among those that are drawn without focus, over that in the store."
+    even = Windows(windows.store, windows.length, 1, pad=True)
+    before = np.concatenate([[0], np.cumsum(even.store.column("rewards") > 0)])
+    first = (np.cumsum(even.store.lengths) - even.store.lengths)[even.owner] + even.offset
+    real = even.real[even.owner]
+    drawn = even.probabilities @ (before[first + real] - before[first]) / (even.probabilities @ real)
+    return drawn / (before[-1] / even.store.n_frames)
+
+
 @every_preset
 def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, tmp_path, monkeypatch):
-    "Every episode and all reward, in windows as long as the preset's. Nothing is trained."
+    """Every episode and all reward, in windows as long as the preset's; and what is drawn has not much less reward
+    than the data. Nothing is trained."""
     true, small = PRESETS[name], shrunk(PRESETS[name])
-    lengths = {phase: replace(getattr(small, phase), length=getattr(true, phase).length) for phase in ("dynamics", "agent")}
-    tokens = replace(small.tokenizer, length=true.tokenizer.length, model=replace(small.tokenizer.model, image=8))
-    dream = replace(small.imagination, model=true.imagination.model)
-    preset = replace(small, tasks=("ball_in_cup-catch",), tokenizer=tokens, imagination=dream, **lengths)
+    model = replace(small.tokenizer.model, image=8)
+    preset = replace(small, tasks=("ball_in_cup-catch",),
+                     tokenizer=replace(small.tokenizer, length=true.tokenizer.length, model=model),
+                     dynamics=replace(small.dynamics, length=true.dynamics.length),
+                     agent=replace(small.agent, length=true.agent.length),
+                     imagination=replace(small.imagination, model=true.imagination.model))
     sources = {}
+
+    def fit(called, modules, loss, batches, *args, **options):
+        sources[called] = batches
+
     for module in (tokenizer, dynamics, agent, imagination):
-        monkeypatch.setattr(module, "fit", lambda called, modules, loss, batches, *args, **options: sources.update({called: batches}))
+        monkeypatch.setattr(module, "fit", fit)
     frames, latents = as_long_as_shipped
     run_phases(linked(preset), frames, tmp_path, latents)
     assert len(sources) == 4 + (preset.tokenizer.settle > 0)
-    assert sources["dynamics"].length == true.dynamics.length and sources["imagination"].length == true.imagination.model.context
+    assert sources["dynamics"].length == true.dynamics.length
+    assert sources["imagination"].length == true.imagination.model.context
     for called, source in sources.items():
         for windows in [part for part, _ in source.parts] if called == "agent" else [source]:
             assert windows.coverage() == {"episodes": 1, "frames": 1, "reward": 1}, called
+            assert rewarded(windows) > 0.75, called
 
 
 @every_preset
@@ -218,6 +241,6 @@ def test_every_phase_takes_two_steps(name, tmp_path, fits):
     for phase in ("dynamics", "agent"):
         assert max(row["bootstrap_share"] for row in histories[phase]) > 0
     shapes = presets.phase_shapes(preset)
-    order = [phase for phase in ("tokenizer", "slow", "dynamics", "agent", "imagination") if phase in shapes]
-    sizes = [shapes[phase].tokenizer_clips if phase in ("tokenizer", "slow") else (shapes[phase].batch, shapes[phase].length) for phase in order]
+    sizes = [shapes[phase].tokenizer_clips for phase in ("tokenizer", "slow") if phase in shapes]
+    sizes += [(shapes[phase].batch, shapes[phase].length) for phase in ("dynamics", "agent", "imagination")]
     assert [size for _, size, _ in fits] == sizes

@@ -195,10 +195,13 @@ def test_predicted_steps_against_measured_ones(file):
 
 
 def test_full_size_runs_are_compared_in_the_sizes_that_ran():
-    "SHAPES may have other sizes by now. What a process holds beside the models, libraries and the other model of the pair, is 0.5 to 2.5 GB."
-    rows = json.loads((Path(__file__).parent.parent / "nbs" / "results" / "full_size_cpu.json").read_text())["rows"]
+    """SHAPES may have other sizes by now. What a process holds beside the model at work, libraries and the other
+    model of the pair, is 0.5 to 2.5 GB."""
+    path = Path(__file__).parent.parent / "nbs" / "results" / "full_size_cpu.json"
+    rows = json.loads(path.read_text())["rows"]
     ran = {(r["shape"], r["what"]): from_dict(Shape, r["sizes"]) for r in rows}
-    assert ran["base", "tokenizer"].tokenizer_clips == (4, 64) and ran["paper", "frame"].tokenizer.transformer.context == 192
+    assert ran["base", "tokenizer"].tokenizer_clips == (4, 64)
+    assert ran["paper", "frame"].tokenizer.transformer.context == 192
     for r in rows:
         if r["what"] != "frame":
             found = predict(ran[r["shape"], r["what"]], "2 CPU cores", recompute=True)[r["what"]]
