@@ -8,8 +8,8 @@ copy of the package in a temporary folder. The fast tests run against that copy,
 first, until one fails. A run past the time limit counts as caught. Notebooks take no part.
 
 Nothing is planted in defaults, in checks of what a user gives (`if ...: raise`), in messages and annotations,
-and in what only draws, prints, foretells memory or is called by notebooks alone (LEFT_OUT). What compiles to the
-same bytecode is no fault.
+and in what only draws, prints, foretells memory or is called by notebooks alone (LEFT_OUT). What compiles to
+the same bytecode is no fault.
 """
 import argparse
 import ast
