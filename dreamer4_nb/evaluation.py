@@ -28,7 +28,6 @@ from .envs import VectorEnv, solved
 from .planner import Planner
 from .stores import seeds_of
 from .data import to_float
-from .tokenizer import decode_stream, encode_stream
 
 # %% ../nbs/18_evaluation.ipynb #cell-7
 @dataclass(frozen=True)
@@ -269,12 +268,12 @@ def beside_dream(policy, frames, actions, prefix: int = 8, seed: int = 0):
     device = policy.world.device
     led_to = torch.zeros(len(frames), policy.heads.config.action_dim, device=device)
     led_to[1:, :actions.shape[-1]] = torch.as_tensor(actions, dtype=torch.float32)
-    latents = encode_stream(policy.world.tokenizer, torch.as_tensor(frames)[None]).to(device)
+    latents = policy.world.encode(torch.as_tensor(frames)[None])
     agent = policy.heads.tokens(torch.tensor([policy.task], device=device)) if policy.world.dynamics.config.n_agent else None
     known = (torch.arange(len(frames), device=device) > 0)[None]
     with autocast(device, inference_dtype(device)):
         dreamed = policy.world.rollout(latents, led_to[None], prefix, step_generator(seed), agent, known)
-    dream = to_uint8(decode_stream(policy.world.tokenizer, dreamed)[0]).copy()
+    dream = to_uint8(policy.world.decode(dreamed)[0]).copy()
     dream[:prefix, -2:] = 255
     return np.concatenate([frames, np.full_like(frames[:, :, :2], 255), dream], 2)
 
@@ -286,9 +285,9 @@ def reconstructions(tokenizer, store, n: int = 8, seed: int = 0):
     for i in rng.choice(store.n_episodes, n, replace=store.n_episodes < n):
         frames = torch.as_tensor(store.episode(int(i)).frames)
         t = int(rng.integers(len(frames)))
-        past = frames[None, max(0, t - 31):t + 1]
-        kept = decode_stream(tokenizer, encode_stream(tokenizer, past))[0, -1]
-        pairs.append(torch.stack([to_float(frames[t]), kept.cpu()]))
+        past = to_float(frames[max(0, t - 31):t + 1]).to(tokenizer.mean_frame.device)
+        kept = tokenizer.decode(tokenizer.encode(past[None]))[0, -1]
+        pairs.append(torch.stack([past[-1], kept]).cpu())
     return torch.stack(pairs, 1)
 
 # %% ../nbs/18_evaluation.ipynb #cell-83
@@ -304,10 +303,10 @@ def dreams(world, store, prefix: int = 8, length: int = 32, n: int = 4, seed: in
     actions = torch.stack([torch.as_tensor(e.actions[:length], device=device) for e in chosen])
     known = (torch.arange(length, device=device) > 0).expand(n, length)
     agent = torch.zeros(n, c.n_agent, c.transformer.width, device=device) if c.n_agent else None
-    latents = encode_stream(world.tokenizer, frames).to(device)
+    latents = world.encode(frames)
     with autocast(device, inference_dtype(device)):
         dreamed = world.rollout(latents, actions, prefix, RowGenerators.seeded(seed, range(n)), agent, known)
-    return torch.stack([to_float(frames), decode_stream(world.tokenizer, dreamed).cpu()])
+    return torch.stack([to_float(frames), world.decode(dreamed)])
 
 # %% ../nbs/18_evaluation.ipynb #cell-87
 def curves_figure(histories: dict[str, dict[str, list]]):

@@ -22,7 +22,8 @@ from .forcing import Schedule, noise_context
 from .blocks import KVCache, inference_bytes
 from .envs import object_pixels, solved
 from .data import Windows
-from .tokenizer import BALL_SCORE, Tokenizer, ball_metrics, ball_position, decode_stream, image_metrics, load_tokenizer
+from .tokenizer import (BALL_SCORE, Tokenizer, ball_metrics, ball_position, decode_stream, encode_stream, image_metrics,
+                                   load_tokenizer)
 from .dynamics import Dynamics, load_dynamics
 
 # %% ../nbs/14_generation.ipynb #cell-6
@@ -60,6 +61,14 @@ class WorldModel(nn.Module):
     def device(self) -> torch.device:
         "Where the dynamics' weights are."
         return self.dynamics.latent_mean.device
+
+    def encode(self, frames: torch.Tensor, budget: float | None = None) -> torch.Tensor:
+        "Latents of whole episodes: the tokenizer's `encode_stream`."
+        return encode_stream(self.tokenizer, frames, budget)
+
+    def decode(self, latents: torch.Tensor, budget: float | None = None) -> torch.Tensor:
+        "Frames of whole episodes, on the CPU: the tokenizer's `decode_stream`."
+        return decode_stream(self.tokenizer, latents, budget)
 
     def row_bytes(self, frames: int) -> float:
         "Bytes that one row of a dream takes at most: the dynamics' cache, and what a pass over `frames` frames works with."
@@ -210,7 +219,7 @@ def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: i
         with autocast(device, inference_dtype(device)):
             return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
 
-    decode = lambda x: decode_stream(world.tokenizer, x, budget)[:, new]
+    decode = lambda x: world.decode(x, budget)[:, new]
     z, truth = lambda x: dynamics.normalise(x)[:, new], frames[:, new]
     others = torch.cat([data.actions[:, :prefix], data.actions[:, new].roll(1, 0)], 1)
     dreamed, shuffled = dream(data.actions), dream(others)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from . import __version__
+import dreamer4_nb
 from .core import UserError, autocast, cast_linear, pick_device, pick_dtype, seed_everything
 from .attention import TransformerConfig
 from .training import TrainConfig
@@ -127,7 +127,7 @@ def describe_machine(device: torch.device) -> dict:
     info = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     cpu = next((line.partition(":")[2].strip() for line in info if line.startswith("model name")), platform.processor() or platform.machine())
     return {"cpu": cpu, "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu", "threads": torch.get_num_threads(),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, "dreamer4_nb": __version__},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "dreamer4_nb": dreamer4_nb.__version__},
             "date": date.today().isoformat()}
 
 

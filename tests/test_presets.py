@@ -1,5 +1,7 @@
 "A preset is tested as a run: on paper against its data and machine; with small models for two steps of each phase."
+import ast
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -244,3 +246,14 @@ def test_every_phase_takes_two_steps(name, tmp_path, fits):
     sizes = [shapes[phase].tokenizer_clips for phase in ("tokenizer", "slow") if phase in shapes]
     sizes += [(shapes[phase].batch, shapes[phase].length) for phase in ("dynamics", "agent", "imagination")]
     assert [size for _, size, _ in fits] == sizes
+
+
+def test_the_cost_table_counts_the_batches_of_the_presets():
+    "Notebook 19 comes before the presets, so it says their steps itself."
+    text = (Path(__file__).parents[1] / "nbs" / "19_costs.ipynb").read_text(encoding="utf-8")
+    cell = next("".join(cell["source"]) for cell in json.loads(text)["cells"] if "BATCHES = " in "".join(cell["source"]))
+    said = ast.literal_eval(re.search(r"BATCHES = (\{.*?\})", cell)[1])
+    for name, counts in said.items():
+        p, devices = PRESETS[name], 8 if name == "base" else 1
+        phases = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.settle, p.dynamics.train.steps * p.dynamics.train.accumulate
+        assert counts == tuple(devices * n for n in phases)

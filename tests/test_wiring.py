@@ -273,17 +273,6 @@ def test_what_a_stream_remembers_has_no_gradient():
     assert cache.length == 3
 
 
-def test_the_dream_beside_an_episode_gets_its_actions_and_zeros_where_the_world_is_wider(stores, monkeypatch):
-    world, heads = make_world(action_dim=4), make_heads(action_dim=4, action_dims=(2, 4))
-    calls = recorded(monkeypatch, WorldModel, "rollout")
-    with pytest.raises(AttributeError):                         # nothing is dreamed, so nothing can be decoded
-        beside_dream(Policy(world, heads, task=0), stores[0].episode(0).frames[:6], stores[0].episode(0).actions[1:6], prefix=3)
-    (call,) = calls
-    given = torch.as_tensor(stores[0].episode(0).actions[1:6])
-    assert torch.equal(call["actions"][0, 1:, :2], given) and not call["actions"][0, :, 2:].any() and not call["actions"][0, 0].any()
-    assert call["prefix"] == 3 and call["action_known"].tolist() == [[False] + [True] * 5]
-
-
 # What each phase trains on
 
 def same(one, other):
