@@ -17,7 +17,7 @@ from dreamer4_nb.core import UserError, pick_device
 from dreamer4_nb.data import Batch
 from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.flow import expand_as, interpolate, noise_like, velocity_from_x
-from dreamer4_nb.forcing import Schedule, forcing_loss, noise_context, sample_sequence
+from dreamer4_nb.forcing import Schedule, draw_levels, forcing_loss, noise_context, sample_sequence
 from dreamer4_nb.generation import WorldModel
 from dreamer4_nb.imagination import ImaginationConfig, imagination_loss, imagine
 from dreamer4_nb.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
@@ -77,6 +77,14 @@ def test_levels_are_drawn_on_the_grid_each_as_often(coarse):
     expected = {(k * 8 // 2 ** b, b): n / len(sizes) / 2 ** b for b in sizes for k in range(2 ** b)}
     assert found.keys() == expected.keys()
     assert all(abs(found[pair] - share) < 5 * math.sqrt(share) for pair, share in expected.items())
+
+
+def test_levels_go_to_the_device_that_is_asked_for():
+    "A generator of the CPU draws for any device; without a device they stay with the generator."
+    for draw in (lambda **kw: sample_tau_d(Grid(8), (2, 3), generator(), **kw),
+                 lambda **kw: draw_levels((2, 3), Schedule(), generator(), 0.5, 0.5, **kw)):
+        assert [x.device.type for x in draw(device="meta")[:2]] == ["meta", "meta"]
+        assert [x.device.type for x in draw()[:2]] == ["cpu", "cpu"]
 
 
 def test_the_grid_in_numbers():
