@@ -4,10 +4,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.envs import task_info
-from dreamer4_nb.presets import Preset
-from dreamer4_nb.stores import Episode, EpisodeStore, building
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.data.envs import task_info
+from dreamer4_nb.runs.presets import Preset
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
 
 IMAGE = 32
 

@@ -6,16 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy, agent_loss, ahead, load_agent, masked_mean,
-                               only_live, symexp, symlog, train_agent, two_hot)
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy,
+                                      agent_loss, ahead, masked_mean, only_live, symexp, symlog, two_hot)
+from dreamer4_nb.method.checkpoints import load_agent
+from dreamer4_nb.training.phases import train_agent
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
-from dreamer4_nb.data import Batch, LatentStore, Windows
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.stores import Episode, EpisodeStore, building
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.core import Batch
+from dreamer4_nb.data.windows import LatentStore, Windows
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig
 
 B, T = 6, 7
 WORLD = DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=8))

@@ -10,21 +10,21 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer4_nb.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
-from dreamer4_nb.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm,
-                                   segment_mask, time_mask)
+from dreamer4_nb.method.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
+from dreamer4_nb.method.attention import (RMSNorm, SwiGLU, TransformerConfig, apply_rope, attend, rms_norm,
+                                          segment_mask, time_mask)
 from dreamer4_nb.core import UserError, pick_device
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.flow import expand_as, interpolate, noise_like, velocity_from_x
-from dreamer4_nb.forcing import Schedule, draw_levels, forcing_loss, noise_context, sample_sequence
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.imagination import ImaginationConfig, imagination_loss, imagine
-from dreamer4_nb.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
-from dreamer4_nb.tokenizer import (Tokenizer, TokenizerConfig, change, deviation_weight, gradient_difference,
-                                   spread_error, tokenizer_loss)
-from dreamer4_nb.training import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable,
-                                  summarise, training_only)
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.flow import expand_as, interpolate, noise_like, velocity_from_x
+from dreamer4_nb.method.forcing import Schedule, draw_levels, forcing_loss, noise_context, sample_sequence
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.imagination import ImaginationConfig, imagination_loss, imagine
+from dreamer4_nb.method.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
+from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, change, deviation_weight,
+                                          gradient_difference, spread_error, tokenizer_loss)
+from dreamer4_nb.training.loop import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable,
+                                       summarise, training_only)
 
 
 def generator(seed=0):

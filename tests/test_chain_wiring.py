@@ -9,19 +9,20 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb import chain, evaluation, study
-from dreamer4_nb.agent import AgentConfig, Policy
-from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.chain import Run, by_task, closed_loop, finish, measured, policies
+from dreamer4_nb.runs import chain, study
+from dreamer4_nb.evaluation import closed_loop as evaluation
+from dreamer4_nb.method.agent import AgentConfig, Policy
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.runs.chain import Run, by_task, closed_loop, finish, measured, policies
 from dreamer4_nb.core import UserError
-from dreamer4_nb.dynamics import DynamicsConfig
-from dreamer4_nb.imagination import ImaginationConfig
-from dreamer4_nb.presets import (AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset,
-                                 TokenizerPhase)
-from dreamer4_nb.stores import Episode, EpisodeStore
-from dreamer4_nb.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
-from dreamer4_nb.tokenizer import TokenizerConfig
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.method.dynamics import DynamicsConfig
+from dreamer4_nb.method.imagination import ImaginationConfig
+from dreamer4_nb.runs.presets import (AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset,
+                                      TokenizerPhase)
+from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.runs.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
+from dreamer4_nb.method.tokenizer import TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig
 
 THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=6)
 SHORT = TrainConfig(steps=1, lr=1e-2, warmup=0, dtype="float32", device="cpu", log_every=1, save_every=1)

@@ -10,12 +10,12 @@ import time
 import pytest
 import torch
 
-from dreamer4_nb.agent import load_agent
-from dreamer4_nb.chain import ship
-from dreamer4_nb.presets import PRESETS
-from dreamer4_nb.cli import main, parse
-from dreamer4_nb.core import asset, UserError
-from dreamer4_nb.tokenizer import load_tokenizer
+from dreamer4_nb.method.checkpoints import load_agent
+from dreamer4_nb.runs.chain import ship
+from dreamer4_nb.runs.presets import PRESETS
+from dreamer4_nb.runs.cli import main, parse
+from dreamer4_nb.core import UserError, asset
+from dreamer4_nb.method.checkpoints import load_tokenizer
 
 
 def one_line(capsys, *words):
@@ -47,7 +47,7 @@ def finished(tmp_path_factory, data):
 
 
 def test_help():
-    found = subprocess.run([sys.executable, "-m", "dreamer4_nb.cli", "--help"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", "dreamer4_nb.runs.cli", "--help"], capture_output=True, text=True)
     assert found.returncode == 0
     for command in ("demo", "collect", "train", "evaluate", "bench", "ship", "doctor"):
         assert command in found.stdout
@@ -163,7 +163,7 @@ def test_checkpoint_of_another_model(finished, data, tmp_path, capsys):
 def test_stop_and_go_on(data, tmp_path):
     arguments = ["train", "tokenizer", "--preset", "micro", "--data", data, "--run", str(tmp_path), "--tokenizer.train.steps", "60"]
     log = tmp_path / "tokenizer.draft.log.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.runs.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
         time.sleep(0.02)

@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb.attention import TransformerConfig, apply_rope
-from dreamer4_nb.blocks import BlockCausalTransformer, TokenLayout
+from dreamer4_nb.method.attention import TransformerConfig, apply_rope
+from dreamer4_nb.method.blocks import BlockCausalTransformer, TokenLayout
 from dreamer4_nb.core import UserError
-from dreamer4_nb.stores import Episode, EpisodeStore, building
-from dreamer4_nb.data import Windows
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.windows import Windows
 
 SHAPE = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=3)
 

@@ -9,19 +9,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dreamer4_nb import attention
-from dreamer4_nb.agent import AgentConfig, Policy
-from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.blocks import inference_bytes
+from dreamer4_nb.method import attention
+from dreamer4_nb.method.agent import AgentConfig, Policy
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.method.streams import inference_bytes
 from dreamer4_nb.core import UserError, autocast
-from dreamer4_nb.costs import (LOSSES, MACHINES, SHAPES, Machine, Shape, activations, best_way, build, costs, count_flops, count_parameters,
-                               forward_flops, inference, pick_shape, predict, random_batches, saved_bytes, stream_bound,
-                               teacher_share, training_step, transformers)
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
-from dreamer4_nb.forcing import draw_levels
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.tokenizer import TokenizerConfig
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.runs.costs import (LOSSES, MACHINES, Machine, SHAPES, Shape, activations, best_way, build,
+                                    costs, count_flops, count_parameters, forward_flops, inference,
+                                    pick_shape, predict, random_batches, saved_bytes, stream_bound,
+                                    teacher_share, training_step, transformers)
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
+from dreamer4_nb.method.forcing import draw_levels
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.tokenizer import TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)

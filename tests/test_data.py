@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from toy_stores import make, make_joined
 
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data import (Batch, LatentStore, Mixture, Windows, _shipped, concatenate,
-                              load_demonstrations, to_float, window_index)
-from dreamer4_nb.envs import make_env
-from dreamer4_nb.stores import Episode, EpisodeStore
+from dreamer4_nb.core import Batch, to_float
+from dreamer4_nb.data.demonstrations import _shipped, load_demonstrations
+from dreamer4_nb.data.windows import LatentStore, Mixture, Windows, concatenate, window_index
+from dreamer4_nb.data.envs import make_env
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 
 
 def pool(frames):
@@ -80,7 +81,7 @@ def test_where_fewer_demonstrations_ship_than_asked_all_are_taken(tmp_path, monk
     data, _ = _shipped("cartpole-swingup")
     episodes, frames = len(data["lengths"]), int(data["lengths"][:2].sum())
     few = {name: values if not values.ndim else values[:2] if len(values) == episodes else values[:frames] for name, values in data.items()}
-    monkeypatch.setattr("dreamer4_nb.data._shipped", lambda task: (few, "few"))
+    monkeypatch.setattr("dreamer4_nb.data.demonstrations._shipped", lambda task: (few, "few"))
     monkeypatch.setenv("DREAMER4_CACHE", str(tmp_path))
     assert list(load_demonstrations("cartpole-swingup", episodes=400, progress=False).lengths) == list(few["lengths"])
     with pytest.raises(UserError, match="2 ship for cartpole-swingup"):
@@ -117,7 +118,7 @@ def test_encode_gets_whole_episodes_as_bytes_and_no_more_than_fit(tmp_path, monk
         assert frames.dtype == torch.uint8 and frames.device.type == "cpu"
         given_to_encode.append(frames)
         return pool(frames)
-    monkeypatch.setattr("dreamer4_nb.data.GROUP_BYTES", 3 * 10 * 4 * 4 * 3)     # three episodes of ten frames
+    monkeypatch.setattr("dreamer4_nb.data.windows.GROUP_BYTES", 3 * 10 * 4 * 4 * 3)     # three episodes of ten frames
     latents = LatentStore.encode(store, encode, tmp_path / "z.zarr", progress=False)
     assert [x.shape[:2] for x in given_to_encode] == [(3, 10), (3, 10), (1, 10), (1, 40), (1, 40), (1, 10)]
     frames = store.column("frames")

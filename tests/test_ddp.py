@@ -7,7 +7,7 @@ import torch
 from toy_training import gradients, make_batch, make_config, make_modules, plain_loss_fn
 
 from dreamer4_nb.core import load_checkpoint
-from dreamer4_nb.training import fit
+from dreamer4_nb.training.loop import fit
 
 TOY = Path(__file__).parent / "toy_training.py"
 LIMIT = 600  # seconds, on a busy machine

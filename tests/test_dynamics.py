@@ -5,11 +5,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, load_dynamics, video_loss
-from dreamer4_nb.forcing import Schedule, noise_context
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.checkpoints import load_dynamics
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, video_loss
+from dreamer4_nb.method.forcing import Schedule, noise_context
 
 B, T = 3, 7
 SMALL = DynamicsConfig(n_latents=4, d_latent=6, transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=5))

@@ -2,19 +2,20 @@
 import numpy as np
 import pytest
 
-from dreamer4_nb import envs        # before dm_control: it chooses how to draw
+from dreamer4_nb.data import envs        # before dm_control: it chooses how to draw
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data import Windows, _shipped, load_demonstrations
-from dreamer4_nb.envs import VectorEnv, make_env, render_states
-from dreamer4_nb.planner import Planner, collect_episodes, save_demonstrations
-from dreamer4_nb.presets import PAPER
-from dreamer4_nb.stores import Episode, EpisodeStore
+from dreamer4_nb.data.demonstrations import _shipped, load_demonstrations
+from dreamer4_nb.data.windows import Windows
+from dreamer4_nb.data.envs import VectorEnv, make_env, render_states
+from dreamer4_nb.data.planner import Planner, collect_episodes, save_demonstrations
+from dreamer4_nb.runs.presets import PAPER
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 
 from dm_control.suite.ball_in_cup import BallInCup
 
 BALL = "ball_in_cup-catch"
 ENDS_SOON = """
-from dreamer4_nb.envs import _serve
+from dreamer4_nb.data.envs import _serve
 from dm_control.suite.ball_in_cup import BallInCup
 BallInCup.get_termination = lambda self, physics: 0.0 if physics.time() > 0.1 else None
 """
@@ -83,7 +84,7 @@ def test_the_collector_keeps_what_ended_and_where_it_began(lives):
 
 def test_an_end_goes_from_the_collector_to_the_batch(lives, tmp_path, monkeypatch):
     save_demonstrations(tmp_path / "lives.npz", BALL, lives)
-    monkeypatch.setattr("dreamer4_nb.data.asset", lambda name: tmp_path / "lives.npz")
+    monkeypatch.setattr("dreamer4_nb.data.demonstrations.asset", lambda name: tmp_path / "lives.npz")
     monkeypatch.setenv("DREAMER4_CACHE", str(tmp_path / "cache"))
     assert _shipped(BALL)[0]["seeds"].tolist() == list(range(40, 46))
     loaded = load_demonstrations(BALL, image=16, workers=0, progress=False)

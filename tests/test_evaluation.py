@@ -7,15 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import dreamer4_nb.evaluation as evaluation
-from dreamer4_nb.cli import Evaluate
+from dreamer4_nb.evaluation import closed_loop as evaluation
+from dreamer4_nb.runs.cli import Evaluate
 from dreamer4_nb.core import UserError, asset
-from dreamer4_nb.data import load_demonstrations
-from dreamer4_nb.envs import TASKS, TaskInfo
-from dreamer4_nb.presets import TINY
-from dreamer4_nb.study import study
-from dreamer4_nb.evaluation import (Records, bootstrap, check_fresh, closed_loop_rows, closed_loop_table, compare, evaluate_policy, interval, report,
-                                    runs_interval, text_table)
+from dreamer4_nb.data.demonstrations import load_demonstrations
+from dreamer4_nb.data.envs import TASKS, TaskInfo
+from dreamer4_nb.runs.presets import TINY
+from dreamer4_nb.runs.study import study
+from dreamer4_nb.evaluation.closed_loop import (check_fresh, closed_loop_rows, closed_loop_table,
+                                                evaluate_policy, text_table)
+from dreamer4_nb.evaluation.report import report
+from dreamer4_nb.evaluation.statistics import Records, bootstrap, compare, interval, runs_interval
 
 
 def records(name, hits, seeds=None):

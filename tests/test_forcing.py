@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, video_loss
-from dreamer4_nb.forcing import Schedule, draw_levels, forcing_loss
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, draw_segments, video_loss
+from dreamer4_nb.method.forcing import Schedule, draw_levels, forcing_loss
 
 
 def shares(b, t, schedule, draws=400, **options):

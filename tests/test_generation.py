@@ -7,13 +7,16 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import RowGenerators, UserError
-from dreamer4_nb.stores import Episode, EpisodeStore
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.forcing import Schedule, sample_sequence
-from dreamer4_nb.generation import DreamEnv, WorldModel, pick_windows, rollout_report
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig, encode_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.forcing import Schedule, sample_sequence
+from dreamer4_nb.evaluation.dream_env import DreamEnv
+from dreamer4_nb.evaluation.metrics import pick_windows, rollout_report
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.phases import encode_store
 
 B, PREFIX, LENGTH = 3, 4, 14                # longer than twice the context of 5: the window rolls
 THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=5)

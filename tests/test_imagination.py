@@ -9,17 +9,20 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dreamer4_nb import imagination
-from dreamer4_nb.agent import AgentConfig, AgentHeads, Bernoulli, Categorical, PolicyHead, ScalarHead, covering_range
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method import imagination
+from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, PolicyHead,
+                                      ScalarHead, covering_range)
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns, largest_return, load_imagination,
-                                     pmpo_loss, train_imagination)
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.checkpoints import load_imagination
+from dreamer4_nb.method.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns,
+                                            pmpo_loss)
+from dreamer4_nb.training.phases import largest_return, train_imagination
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig
 
 SHORT = ImaginationConfig(context=3, horizon=4)
 

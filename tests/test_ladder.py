@@ -1,84 +1,142 @@
-"The ladder: NN_name.ipynb exports dreamer4_nb/name.py and uses only modules of lower numbers."
-import ast, json, re
+"""The rooms of the package, who may import whom, and the numbers of the notebooks.
+
+Notebook NN_name.ipynb exports one module called name, in a room; 00-19 are lessons, 20-49 the machine, 50-59 studies.
+"""
+import ast
+import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem[3:]: path for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))}
-RUNG = {name: int(path.stem[:2]) for name, path in NOTEBOOKS.items()}
+NUMBER = {name: int(path.stem[:2]) for name, path in NOTEBOOKS.items()}
+TRACKS = {"lessons": range(0, 20), "machine": range(20, 50), "studies": range(50, 60)}
 
-
-def imported_modules(source: str) -> set[str]:
-    "Names of the package's modules that a source imports."
-    found = set()
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom):
-            module = f"dreamer4_nb.{node.module or ''}".rstrip(".") if node.level else node.module or ""
-            names = [alias.name for alias in node.names]
-            assert "*" not in names or not module.startswith("dreamer4_nb"), f"import * of {module}"
-            found |= {f"dreamer4_nb.{name}" for name in names} if module == "dreamer4_nb" else {module}
-        elif isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in found if name.startswith("dreamer4_nb.")}
-
-
-def too_high(name: str, source: str) -> set[str]:
-    "Modules that `name` may not import, and does."
-    return {other for other in imported_modules(source) if RUNG.get(other, 99) >= RUNG[name]}
+# Room: the rooms that its modules may import, besides their own.
+ROOMS = {
+    "core": set(),
+    "method": {"core"},
+    "data": {"core"},
+    "training": {"core", "method", "data"},
+    "evaluation": {"core", "method", "data"},
+    "runs": {"core", "method", "data", "training", "evaluation"},
+    "notebook": {"core", "method", "data", "training", "evaluation", "runs"},
+}
 
 
 def code_cells(path: Path) -> list[str]:
     "Sources of a notebook's code cells, without magics."
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return [re.sub(r"(?m)^\s*[%!].*$", "", "".join(cell["source"])) for cell in cells if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    return [re.sub(r"(?m)^\s*[%!].*$", "", source) for source in sources]
 
 
-@pytest.mark.parametrize("name", RUNG)
-def test_module_imports_only_lower_ones(name):
-    assert not too_high(name, (ROOT / "dreamer4_nb" / f"{name}.py").read_text(encoding="utf-8"))
+def module_of(name: str) -> str | None:
+    "The module that a notebook exports, `method.flow` for instance."
+    found = re.findall(r"#\|\s*default_exp\s+(\S+)", code_cells(NOTEBOOKS[name])[0])
+    return found[0] if found else None
 
 
-@pytest.mark.parametrize("name", RUNG)
-def test_notebook_needs_only_lower_ones_and_itself(name):
-    cells = code_cells(NOTEBOOKS[name])
-    assert [re.findall(r"#\|\s*default_exp\s+(\S+)", cell) for cell in cells[:1]] == [[name]]
-    for cell in cells:
-        assert too_high(name, cell) <= {name}, cell
+MODULES = {module_of(name): name for name in NOTEBOOKS if module_of(name)}
+FILES = {module: ROOT / "dreamer4_nb" / (module.replace(".", "/") + ".py") for module in MODULES}
+
+
+def imported_modules(source: str, package: str = "dreamer4_nb") -> set[str]:
+    "Modules of ours that a source imports, as in `MODULES`; `package`: where its relative imports begin."
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                parts = package.split(".")
+                module = ".".join([*parts[:len(parts) - node.level + 1], *([module] if module else [])])
+            assert not module.startswith("dreamer4_nb") or all(alias.name != "*" for alias in node.names)
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {name.removeprefix("dreamer4_nb.") for name in found} & MODULES.keys()
+
+
+def imports_of(module: str) -> set[str]:
+    "Modules of ours that a module imports."
+    package = ".".join(["dreamer4_nb", *module.split(".")[:-1]])
+    return imported_modules(FILES[module].read_text(encoding="utf-8"), package)
+
+
+def track_of(number: int) -> str:
+    return next(track for track, numbers in TRACKS.items() if number in numbers)
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def refused(module: str, other: str) -> bool:
+    "Whether `module` may not import `other`: another room's, or a later notebook of its own track."
+    here, there = NUMBER[MODULES[module]], NUMBER[MODULES[other]]
+    later = track_of(here) == track_of(there) and here < there and module != "notebook"
+    foreign = room_of(module) != room_of(other) and room_of(other) not in ROOMS[room_of(module)]
+    return later or foreign
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_module_imports_only_what_its_room_and_number_allow(module):
+    assert not [other for other in imports_of(module) if refused(module, other)]
+
+
+def test_no_module_imports_itself_by_a_detour():
+    reach = {module: imports_of(module) for module in MODULES}
+    for _ in MODULES:
+        reach = {module: seen.union(*(reach[other] for other in seen)) for module, seen in reach.items()}
+    assert not [module for module, seen in reach.items() if module in seen]
 
 
 def test_every_module_has_its_notebook():
-    modules = {path.stem for path in (ROOT / "dreamer4_nb").glob("*.py")} - {"__init__", "_modidx"}
-    assert modules == set(RUNG)
+    files = {path for path in (ROOT / "dreamer4_nb").rglob("*.py") if path.name not in ("__init__.py", "_modidx.py")}
+    assert files == set(FILES.values())
+    assert {room_of(module) for module in MODULES} == ROOMS.keys()
+    assert all(module.split(".")[-1] == name for module, name in MODULES.items())
+
+
+@pytest.mark.parametrize("room", ["method", "core"])
+def test_the_method_is_read_and_used_alone(room):
+    "In a fresh process all of the method loads nothing that draws, stores or simulates, and none of our other rooms."
+    modules = [f"dreamer4_nb.{module}" for module in MODULES if room_of(module) == room]
+    code = f"import sys, importlib; [importlib.import_module(name) for name in {modules}]; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    foreign = {"matplotlib", "ipywidgets", "IPython", "imageio", "PIL", "zarr", "dm_control", "mujoco", "gymnasium", "lpips"}
+    assert set(modules) <= set(loaded)
+    assert not foreign & set(loaded)
+    ours = {name.split(".")[1] for name in loaded if name.startswith("dreamer4_nb.")}
+    assert ours <= {"core", room}
 
 
 @pytest.mark.parametrize("page", [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "README.md"], ids=lambda page: page.name)
 def test_links_lead_to_the_notebook_that_they_name(page):
     text = page.read_text(encoding="utf-8")
-    numbers = {f"{rung:02}" for rung in RUNG.values()}
+    numbers = {f"{number:02}" for number in NUMBER.values()}
     for said, target in re.findall(r"\[([^\]\[]*)\]\(([^()\s]*\.ipynb)\)", text):
-        assert ((ROOT if page.stem == "index" else page.parent) / target).is_file(), target     # the index becomes README.md
+        assert ((ROOT if page.stem == "index" else page.parent) / target).is_file(), target  # index becomes README.md
         if number := re.match(r"\d\d", said):
             assert Path(target).name.startswith(number[0]), f"[{said}]({target})"
     for said in re.findall(r"[Nn]otebooks? (\d\d)", text):
         assert said in numbers, f"notebook {said}"
 
 
-@pytest.mark.parametrize("name", RUNG)
+@pytest.mark.parametrize("name", NUMBER)
 def test_no_widget_is_stored(name):
-    "Without its kernel a widget is an error message; `explore` leaves the figure. Run the notebook by `jupyter nbconvert --execute --inplace`."
+    "Without its kernel a widget is an error message; `explore` leaves the figure."
     assert "widget-view" not in NOTEBOOKS[name].read_text(encoding="utf-8")
 
 
-def test_evaluation_does_not_need_the_training_loop():
-    seen, todo = set(), {"evaluation"} & set(RUNG)
-    while todo:
-        seen |= todo
-        todo = set().union(*(imported_modules((ROOT / "dreamer4_nb" / f"{name}.py").read_text(encoding="utf-8")) for name in todo)) - seen
-    assert "training" not in seen
-
-
-@pytest.mark.parametrize("source", ["from .training import fit", "from dreamer4_nb.training import fit", "from . import training",
-                                    "import dreamer4_nb.training", "def f():\n    from .training import fit", "from .core import UserError"])
+@pytest.mark.parametrize("source", ["from ..training.loop import fit", "from dreamer4_nb.training.loop import fit",
+                                    "from ..training import loop", "import dreamer4_nb.training.loop",
+                                    "def f():\n    from ..training.loop import fit"])
 def test_the_check_can_fail(source):
-    assert too_high("core", source)
+    found = imported_modules(source, "dreamer4_nb.method")
+    assert found == {"training.loop"} and refused("method.flow", "training.loop")
+    assert refused("method.flow", "method.shortcut") and not refused("method.shortcut", "method.flow")

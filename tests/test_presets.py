@@ -10,18 +10,22 @@ import pytest
 import torch
 from shrunk_presets import noise_store, shrunk
 
-from dreamer4_nb import agent, dynamics, imagination, presets, tokenizer
-from dreamer4_nb.agent import AgentHeads, train_agent
+from dreamer4_nb.method import agent, dynamics, imagination, tokenizer
+from dreamer4_nb.runs import presets
+from dreamer4_nb.method.agent import AgentHeads
+from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.core import asset, to_dict
-from dreamer4_nb.costs import MACHINES, SHAPES, count_parameters
-from dreamer4_nb.data import LatentStore, Windows
-from dreamer4_nb.dynamics import Dynamics, train_dynamics
-from dreamer4_nb.forcing import draw_levels
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.imagination import train_imagination
-from dreamer4_nb.presets import PRESETS, linked
-from dreamer4_nb.stores import Episode, EpisodeStore, building
-from dreamer4_nb.tokenizer import Tokenizer, encode_store, train_tokenizer
+from dreamer4_nb.runs.costs import MACHINES, SHAPES, count_parameters
+from dreamer4_nb.data.windows import LatentStore, Windows
+from dreamer4_nb.method.dynamics import Dynamics
+from dreamer4_nb.training.phases import train_dynamics
+from dreamer4_nb.method.forcing import draw_levels
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.training.phases import train_imagination
+from dreamer4_nb.runs.presets import PRESETS, linked
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.method.tokenizer import Tokenizer
+from dreamer4_nb.training.phases import encode_store, train_tokenizer
 
 META = torch.device("meta")
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"

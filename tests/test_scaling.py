@@ -7,16 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb import scaling
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.runs import bench as scaling
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
-from dreamer4_nb.costs import MACHINES, Shape, build, count_parameters, predict, random_batches
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
-from dreamer4_nb.evaluation import text_table
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.scaling import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training import TrainConfig, fit
+from dreamer4_nb.runs.costs import MACHINES, Shape, build, count_parameters, predict, random_batches
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
+from dreamer4_nb.evaluation.closed_loop import text_table
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.runs.bench import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 CPU = torch.device("cpu")
 THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file
 
 from dreamer4_nb.core import UserError, load_checkpoint
-from dreamer4_nb.dynamics import Dynamics, dynamics_loss
-from dreamer4_nb.ranks import Checkpoints
-from dreamer4_nb.training import fit
+from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
+from dreamer4_nb.training.ranks import Checkpoints
+from dreamer4_nb.training.loop import fit
 from toy_sharding import CONFIG, make_batch, make_config
 
 TOY = Path(__file__).parent / "toy_sharding.py"
@@ -123,9 +123,9 @@ def test_ranks_that_cannot_be_grouped_are_refused(tmp_path):
 
 
 def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path):
-    from dreamer4_nb.cli import Train
+    from dreamer4_nb.runs.cli import Train
     line = next(line for line in Train.__doc__.splitlines() if "torchrun" in line).partition("torchrun ")[2]
-    assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.cli train dynamics --preset base --run ")
+    assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.runs.cli train dynamics --preset base --run ")
     line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
     for phase in ("tokenizer", "dynamics"):
         command = line.replace("train dynamics", f"train {phase}").split() + ["--run", str(tmp_path), f"--{phase}.train.shard", "0", "--episodes", "4"]

@@ -9,7 +9,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from toy_stores import make, make_joined
 
 from dreamer4_nb.core import UserError
-from dreamer4_nb.stores import Episode, EpisodeStore, seeds_of
+from dreamer4_nb.data.stores import Episode, EpisodeStore, seeds_of
 
 
 def test_views_join_and_joined_stores_join(tmp_path):

@@ -10,18 +10,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from toy_stores import make
 
-from dreamer4_nb import tokenizer as module
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method import tokenizer as module
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, inference_dtype, load_checkpoint, save_checkpoint, to_dict
-from dreamer4_nb.data import Batch, Windows, _shipped, to_float
-from dreamer4_nb.envs import object_pixels, render_states
-from dreamer4_nb.stores import Episode, EpisodeStore, building
-from dreamer4_nb.tokenizer import (
-    BALL_SCORE, PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, ball_metrics, ball_position, change,
-    coding_bytes, decode_stream, draw_mask, encode_store, encode_stream, frame_statistics,
-    gradient_difference, load_tokenizer, mean_of_valid, patchify, spread_error, tokenizer_loss,
-    tokenizer_report, train_tokenizer, unpatchify)
-from dreamer4_nb.training import TrainConfig
+from dreamer4_nb.core import Batch, to_float
+from dreamer4_nb.data.demonstrations import _shipped
+from dreamer4_nb.data.windows import Windows
+from dreamer4_nb.data.envs import object_pixels, render_states
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.evaluation.ball import BALL_SCORE, ball_metrics, ball_position
+from dreamer4_nb.evaluation.metrics import tokenizer_report
+from dreamer4_nb.method.checkpoints import load_tokenizer
+from dreamer4_nb.method.streams import coding_bytes, decode_stream, encode_stream
+from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, change, draw_mask,
+                                          gradient_difference, mean_of_valid, patchify, spread_error,
+                                          tokenizer_loss, unpatchify)
+from dreamer4_nb.training.phases import encode_store, frame_statistics, train_tokenizer
+from dreamer4_nb.training.loop import TrainConfig
 
 CONTEXT, FRAMES = 3, 8
 

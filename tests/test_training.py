@@ -8,7 +8,7 @@ from toy_training import gradients, loss_fn, make_batch, make_config, make_modul
 
 from dreamer4_nb import core
 from dreamer4_nb.core import UserError, load_checkpoint
-from dreamer4_nb.training import fit
+from dreamer4_nb.training.loop import fit
 
 TOY = Path(__file__).parent / "toy_training.py"
 

@@ -9,21 +9,30 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer4_nb import agent, attention, dynamics, forcing, generation, imagination, tokenizer
-from dreamer4_nb.agent import AgentConfig, AgentHeads, Policy, load_agent, only_live, train_agent
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method import agent, attention, dynamics, forcing, generation, imagination, tokenizer
+from dreamer4_nb.method.agent import AgentConfig, AgentHeads, Policy, only_live
+from dreamer4_nb.method.checkpoints import load_agent
+from dreamer4_nb.training.phases import train_agent
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import load_checkpoint, step_generator
-from dreamer4_nb.data import Mixture, Windows
-from dreamer4_nb.dynamics import (Dynamics, DynamicsConfig, dynamics_layout, load_dynamics, train_dynamics,
-                                  video_loss)
-from dreamer4_nb.evaluation import beside_dream, dreams
-from dreamer4_nb.forcing import Schedule
-from dreamer4_nb.generation import DreamEnv, WorldModel, rollout_report
-from dreamer4_nb.imagination import ImaginationConfig, imagine, load_imagination, train_imagination
-from dreamer4_nb.shortcut import Grid, bootstrap_target
-from dreamer4_nb.stores import Episode, EpisodeStore
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig, encode_store, load_tokenizer, train_tokenizer
-from dreamer4_nb.training import TrainConfig, fit
+from dreamer4_nb.data.windows import Mixture, Windows
+from dreamer4_nb.method.checkpoints import load_dynamics
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_layout, video_loss
+from dreamer4_nb.training.phases import train_dynamics
+from dreamer4_nb.evaluation.report import beside_dream, dreams
+from dreamer4_nb.method.forcing import Schedule
+from dreamer4_nb.evaluation.dream_env import DreamEnv
+from dreamer4_nb.evaluation.metrics import rollout_report
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.checkpoints import load_imagination
+from dreamer4_nb.method.imagination import ImaginationConfig, imagine
+from dreamer4_nb.training.phases import train_imagination
+from dreamer4_nb.method.shortcut import Grid, bootstrap_target
+from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.method.checkpoints import load_tokenizer
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.phases import encode_store, train_tokenizer
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
 FRAMES = TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN)

@@ -1,11 +1,11 @@
 "Presets and shapes with every switch as it is and every size small: what they do can be tried in seconds."
 from dataclasses import replace
 
-from dreamer4_nb.attention import TransformerConfig
-from dreamer4_nb.costs import Shape
-from dreamer4_nb.dynamics import DynamicsConfig
-from dreamer4_nb.presets import Preset
-from dreamer4_nb.tokenizer import TokenizerConfig
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.runs.costs import Shape
+from dreamer4_nb.method.dynamics import DynamicsConfig
+from dreamer4_nb.runs.presets import Preset
+from dreamer4_nb.method.tokenizer import TokenizerConfig
 
 
 def thin(config: TransformerConfig, context: int) -> TransformerConfig:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from dreamer4_nb.attention import TransformerConfig
+from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import step_generator
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, dynamics_loss
-from dreamer4_nb.ranks import leave_ranks
-from dreamer4_nb.training import TrainConfig, fit
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
+from dreamer4_nb.training.ranks import leave_ranks
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 CONFIG = DynamicsConfig(n_latents=4, d_latent=8, pack=2, committed=True,
                         transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=8))

@@ -1,7 +1,7 @@
 "Small stores for the tests of stores and of what is drawn from them."
 import numpy as np
 
-from dreamer4_nb.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, building
 
 
 def make(path, task, lengths, width=1, image=4):

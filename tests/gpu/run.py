@@ -31,18 +31,18 @@ from apart import Note, Work, last_lines, noted
 from toy_presets import thin_preset, thin_shape
 from toy_stores import make_moving
 
-from dreamer4_nb import scaling
-from dreamer4_nb.agent import AgentHeads, Policy, agent_loss
-from dreamer4_nb.chain import ORDER, Run
+from dreamer4_nb.runs import bench as scaling
+from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
+from dreamer4_nb.runs.chain import ORDER, Run
 from dreamer4_nb.core import UserError, cache_dir, pick_dtype, write_json
-from dreamer4_nb.costs import SHAPES, Shape, predict, random_batches
-from dreamer4_nb.data import Batch
-from dreamer4_nb.dynamics import Dynamics, dynamics_loss
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.imagination import imagination_loss
-from dreamer4_nb.presets import MICRO, PRESETS, Preset, foretold, phase_shapes
-from dreamer4_nb.tokenizer import PerceptualLoss, Tokenizer, tokenizer_loss
-from dreamer4_nb.training import TrainConfig, fit
+from dreamer4_nb.runs.costs import SHAPES, Shape, predict, random_batches
+from dreamer4_nb.core import Batch
+from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.imagination import imagination_loss
+from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, foretold, phase_shapes
+from dreamer4_nb.method.tokenizer import PerceptualLoss, Tokenizer, tokenizer_loss
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 SHARES = {"machine": 0.05, "tests": 0.16, "chain": 0.2, "steps": 0.32, "bench": 0.5}     # of the time
 OF_TOKENIZER = ("tokenizer", "slow")

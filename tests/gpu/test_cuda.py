@@ -5,16 +5,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dreamer4_nb.agent import Categorical
-from dreamer4_nb.attention import TransformerConfig, attend
+from dreamer4_nb.method.agent import Categorical
+from dreamer4_nb.method.attention import TransformerConfig, attend
 from dreamer4_nb.core import RowGenerators, autocast, step_generator
-from dreamer4_nb.costs import Shape, random_batches
-from dreamer4_nb.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss
-from dreamer4_nb.flow import noise_like
-from dreamer4_nb.forcing import draw_levels
-from dreamer4_nb.generation import WorldModel
-from dreamer4_nb.tokenizer import Tokenizer, TokenizerConfig, decode_stream, encode_stream
-from dreamer4_nb.training import TrainConfig, fit
+from dreamer4_nb.runs.costs import Shape, random_batches
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss
+from dreamer4_nb.method.flow import noise_like
+from dreamer4_nb.method.forcing import draw_levels
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.streams import decode_stream, encode_stream
+from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 pytestmark = pytest.mark.cuda
 CUDA = torch.device("cuda")

@@ -17,19 +17,22 @@ import torch
 from pretend_gpu.load import load
 from toy_presets import thin_preset
 
-from dreamer4_nb import chain, evaluation, study
-from dreamer4_nb.agent import AgentHeads, Policy, agent_loss
-from dreamer4_nb.chain import Run
+from dreamer4_nb.runs import chain, study
+from dreamer4_nb.evaluation import closed_loop as evaluation
+from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
+from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.core import cache_dir, pick_device
-from dreamer4_nb.data import Windows
-from dreamer4_nb.dynamics import dynamics_loss
-from dreamer4_nb.forcing import Schedule, sample_sequence
-from dreamer4_nb.generation import DreamEnv, WorldModel, rollout_report
-from dreamer4_nb.imagination import imagination_loss
-from dreamer4_nb.presets import MICRO, PRESETS, Preset, phase_shapes
-from dreamer4_nb.scaling import bench
-from dreamer4_nb.training import fit
-from dreamer4_nb.tokenizer import tokenizer_report
+from dreamer4_nb.data.windows import Windows
+from dreamer4_nb.method.dynamics import dynamics_loss
+from dreamer4_nb.method.forcing import Schedule, sample_sequence
+from dreamer4_nb.evaluation.dream_env import DreamEnv
+from dreamer4_nb.evaluation.metrics import rollout_report
+from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.imagination import imagination_loss
+from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, phase_shapes
+from dreamer4_nb.runs.bench import bench
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.evaluation.metrics import tokenizer_report
 
 DEVICE = "fakegpu"
 MICRO_HERE = thin_preset(MICRO, device=DEVICE)
