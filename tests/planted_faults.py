@@ -64,7 +64,7 @@ SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", 
 NOT_RUN = "not compile and not kill_at_any_moment"
 
 LEFT_OUT = {
-    "flow": {"toy_centres", "toy_points", "posterior_mean", "x_from_velocity", "euler_sample",
+    "flow": {"toy_centers", "toy_points", "posterior_mean", "x_from_velocity", "euler_sample",
              "sliced_wasserstein"},
     "shortcut": {"shortcut_sample"},
     "blocks": {"draw", "compile", "nbytes", "inference_bytes"},
@@ -456,7 +456,7 @@ def test_files(original: Path, module: str | None) -> list[str]:
 
 
 def copied(folder: Path, skipped: list[str]) -> None:
-    "Package and tests as they are now, without those skipped, in a folder; assets and notebooks are linked."
+    "Package and tests as they are now, without those skipped, in a folder; assets and notebooks are resolve."
     for name in (PACKAGE, "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "assets"))
     for name in (f"{PACKAGE}/assets", "nbs"):

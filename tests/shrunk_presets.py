@@ -7,7 +7,7 @@ import numpy as np
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.data.envs import task_info
 from dreamer4_nb.runs.presets import Preset
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 
 IMAGE = 32
 
@@ -42,12 +42,12 @@ def shrunk(preset: Preset, steps: int = 2) -> Preset:
 
     tokens = replace(t.model, image=IMAGE, patch=8, n_latents=8, d_latent=8,
                      transformer=thin(t.model.transformer))
-    world = replace(d.model, n_latents=8, d_latent=8, short=frames(d.model.short),
+    world = replace(d.model, n_latents=8, d_latent=8, short_clip_length=frames(d.model.short_clip_length),
                     transformer=thin(d.model.transformer))
     dream = replace(i.model, context=frames(i.model.context), horizon=3)
     return replace(
         preset, episodes=None, held_out=0.2, workers=1, threads=1,
-        tokenizer=phase(t, tokens, length=frames(t.length), settle=min(t.settle, steps)),
+        tokenizer=phase(t, tokens, length=frames(t.length), slow_steps=min(t.slow_steps, steps)),
         dynamics=phase(d, world, length=frames(d.length)),
         agent=phase(a, replace(a.model, hidden=32), length=frames(a.length)),
         imagination=phase(i, dream))
@@ -71,7 +71,7 @@ def noise_store(folder: Path, preset: Preset) -> EpisodeStore:
             pictures = rng.integers(0, 256, (n, IMAGE, IMAGE, 3), np.uint8)
             episodes.append(Episode(actions=actions, rewards=rng.integers(0, 3, n), frames=pictures, task=task,
                                     quality=quality))
-        with building(folder / f"{task}.zarr") as beside:
+        with atomic_store(folder / f"{task}.zarr") as beside:
             store = EpisodeStore.create(beside, task, width, (IMAGE, IMAGE, 3))
             store.extend(episodes)
             store.finish()

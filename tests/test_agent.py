@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy,
-                                      agent_loss, ahead, masked_mean, only_live, symexp, symlog, two_hot)
+                                      agent_loss, multi_step_targets, masked_mean, only_live, symexp, symlog, two_hot)
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.method.attention import TransformerConfig
@@ -16,7 +16,7 @@ from dreamer4_nb.core import Batch
 from dreamer4_nb.data.windows import LatentStore, Windows
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.method.generation import WorldModel
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig
 
@@ -47,7 +47,7 @@ def look(modules, batch):
     dynamics, heads = modules["dynamics"], modules["heads"]
     s = dynamics.config.schedule
     index = torch.full((B, T), s.ctx_index), torch.full((B, T), s.ctx_j)
-    return dynamics(dynamics.normalise(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
+    return dynamics(dynamics.normalize(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
 
 
 def reach(output, source):
@@ -102,7 +102,7 @@ def test_h_predicts_the_next_intended_action_and_the_reward_that_arrived():
             assert changed == (t >= first), (name, t)                                     # intended[0] belongs to no h of the window
     x = torch.arange(T)[None]
     for first in (0, 1):
-        table, inside = ahead(x, 4, first)
+        table, inside = multi_step_targets(x, 4, first)
         for t in range(T):
             for n in range(4):
                 assert inside[t, n] == (t + first + n < T)
@@ -112,7 +112,7 @@ def test_h_predicts_the_next_intended_action_and_the_reward_that_arrived():
 def test_the_first_prediction_pairs_h_with_the_action_it_chooses():
     "With the loss at distance 0 alone, h_t's target is intended[t + 1]: a policy that knows it has the least loss."
     batch, config = make_batch(relevant=B), replace(AGENT, mtp=0)
-    right, _ = ahead(batch.intended, config.mtp + 1, first=1)
+    right, _ = multi_step_targets(batch.intended, config.mtp + 1, first=1)
     assert torch.equal(right[:, :-1, 0], batch.intended[:, 1:])
 
 
@@ -174,12 +174,12 @@ def test_heads_start_uniform_and_learn_the_mean():
     h = torch.randn(4, 1, 32)
     assert heads.reward(h).abs().max() < 1e-3 and heads.value(h).abs().max() < 1e-3
     torch.testing.assert_close(heads.policy(h).log_prob(torch.zeros(4, 2)), torch.full((4,), -2 * math.log(21)))
-    optimiser = torch.optim.Adam(heads.value.parameters(), lr=0.02)
+    optimizer = torch.optim.Adam(heads.value.parameters(), lr=0.02)
     rewards = torch.tensor([0.0, 0.0, 0.0, 40.0])                                         # for one and the same h: mean 10
     for _ in range(200):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         heads.value.loss(h[:1].expand(4, 1, 32), rewards[:, None]).mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert abs(heads.value(h[:1]).item() - 10) < 0.5
 
 
@@ -242,7 +242,7 @@ def test_frames_that_do_not_count_are_in_no_agent_loss():
 def rich_latents(tmp_path_factory):
     "Twelve episodes of latents in which a step may bring 3,000, more than the default bins reach."
     folder, rng = tmp_path_factory.mktemp("rich"), np.random.default_rng(0)
-    with building(folder / "latents.zarr") as beside:
+    with atomic_store(folder / "latents.zarr") as beside:
         store = EpisodeStore.create(beside, "one", 2, (4, 6), 0, "latents", "float16")
         for k in range(12):
             actions = rng.uniform(-1, 1, (9, 2)).astype(np.float32)
@@ -259,7 +259,7 @@ def rich_latents(tmp_path_factory):
 def ending_latents(tmp_path_factory):
     "Twelve episodes that truly end with their last frame, whose latents are all high; and twelve that are cut off before."
     folder, rng = tmp_path_factory.mktemp("ending"), np.random.default_rng(0)
-    with building(folder / "latents.zarr") as beside:
+    with atomic_store(folder / "latents.zarr") as beside:
         store = EpisodeStore.create(beside, "one", 2, (4, 6), 0, "latents", "float16")
         for k in range(24):
             actions = rng.uniform(-1, 1, (9, 2)).astype(np.float32)
@@ -281,7 +281,7 @@ def test_the_continue_head_learns_real_ends_and_not_truncations(ending_latents):
     s, shape = dynamics.config.schedule, batch.actions.shape[:2]
     index = torch.full(shape, s.ctx_index), torch.full(shape, s.ctx_j)
     with torch.no_grad():
-        _, h = dynamics(dynamics.normalise(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
+        _, h = dynamics(dynamics.normalize(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
         chance = heads.goes_on(h)
     ends = batch.continues == 0
     assert ends.sum() == 12 and ends[1::2, -1].all()

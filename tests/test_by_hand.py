@@ -21,10 +21,10 @@ from dreamer4_nb.method.forcing import Schedule, draw_levels, forcing_loss, nois
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import ImaginationConfig, imagination_loss, imagine
 from dreamer4_nb.method.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
-from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, change, deviation_weight,
-                                          gradient_difference, spread_error, tokenizer_loss)
-from dreamer4_nb.training.loop import (LossScale, TrainConfig, learning_rate, make_optimiser, pick_trainable,
-                                       summarise, training_only)
+from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, slowness_loss, deviation_weight,
+                                          gradient_difference, latent_std_loss, tokenizer_loss)
+from dreamer4_nb.training.loop import (LossScale, TrainConfig, learning_rate, make_optimizer, pick_trainable,
+                                       summarize, training_only)
 
 
 def generator(seed=0):
@@ -276,7 +276,7 @@ def test_vectors_are_not_decayed_and_muon_takes_matrices_of_layers():
     name_of = {id(p): name for name, p in parameters.items()}
 
     def found(config):
-        groups = make_optimiser(parameters, config).param_groups
+        groups = make_optimizer(parameters, config).param_groups
         return {name_of[id(p)]: (g.get("times", 1), g["weight_decay"]) for g in groups for p in g["params"]}
 
     plain = {"a.layers.0.w": (1, 0.3), "a.embed": (1, 0.3), "a.layers.0.norm": (1, 0.0), "bias": (1, 0.0)}
@@ -314,8 +314,8 @@ def test_only_what_was_chosen_is_trained():
 def test_what_is_logged_is_the_mean_over_the_steps_since():
     sizes = ({"size": torch.tensor(2.0)}, {"size": torch.tensor(4.0)}, {})
     measured = [({"loss": torch.tensor(x)}, size) for x, size in zip((1.0, 2.0, 6.0), sizes)]
-    assert summarise("toy", measured, 3) == {"loss": 3.0, "size": 3.0}
-    assert np.isclose(summarise("toy", measured[:1], 1)["size"], 2)
+    assert summarize("toy", measured, 3) == {"loss": 3.0, "size": 3.0}
+    assert np.isclose(summarize("toy", measured[:1], 1)["size"], 2)
 
 
 # The tokenizer's terms
@@ -344,13 +344,13 @@ def test_spread_and_change_of_latents():
         spreads = [spread(channel) for channel in zip(*rows)]
         given = None if valid.all() else valid
         wanted = sum(abs(s - 0.4) for s in spreads) / 4
-        assert spread_error(z, 0.4, given).item() == pytest.approx(wanted, rel=1e-5)
+        assert latent_std_loss(z, 0.4, given).item() == pytest.approx(wanted, rel=1e-5)
         steps = [x for b in range(3) for t in range(1, 5) if valid[b, t] and valid[b, t - 1]
                  for x in (z[b, t] - z[b, t - 1]).flatten().tolist()]
         variance = sum(s * s for s in spreads) / 4
         wanted = sum(x * x for x in steps) / len(steps) / (2 * variance)
-        assert change(z, given).item() == pytest.approx(wanted, rel=1e-4)
-    assert change(z[:, :1]) == 0 and change(z[:, :1].expand(3, 5, 2, 2)) == 0
+        assert slowness_loss(z, given).item() == pytest.approx(wanted, rel=1e-4)
+    assert slowness_loss(z[:, :1]) == 0 and slowness_loss(z[:, :1].expand(3, 5, 2, 2)) == 0
 
 
 def test_images_differ_in_their_gradients():
@@ -369,7 +369,7 @@ def test_the_tokenizers_loss_is_the_sum_of_its_terms(part, padded):
     torch.manual_seed(0)
     thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=3)
     config = TokenizerConfig(image=16, n_latents=2, d_latent=4, slowness=(0.2, 0.7), gain=2.0,
-                             false_alarm=0.3, spread=0.4, transformer=thin)
+                             output_weight=0.3, latent_std=0.4, transformer=thin)
     model = Tokenizer(config)
     nn.init.normal_(model.to_patch.weight, std=0.3)
     model.mean_frame.uniform_()
@@ -384,7 +384,7 @@ def test_the_tokenizers_loss_is_the_sum_of_its_terms(part, padded):
     error = (recon - frames).square()
     alarm = deviation_weight(recon, mean, std, 2.0) - 1
     squared = ((deviation_weight(frames, mean, std, 2.0) + 0.3 * alarm) * error)[valid].mean().item()
-    own = 3 * spread_error(latents, 0.4, valid) + config.slowness[part] * change(latents[:, 2:], valid[:, 2:])
+    own = 3 * latent_std_loss(latents, 0.4, valid) + config.slowness[part] * slowness_loss(latents[:, 2:], valid[:, 2:])
     assert losses["mse"].item() == pytest.approx(squared * (1 + own.item()), rel=1e-4)
     rows = torch.randperm(int(valid.sum()), generator=g)[:4]
     wanted = gradient_difference(recon[valid][rows], frames[valid][rows]).item()

@@ -46,7 +46,7 @@ def preset(tmp_path_factory):
     agent, imagination = AgentConfig(hidden=16, mtp=2), ImaginationConfig(context=3, horizon=2)
     return Preset(
         tasks=(TASK,), data=str(path), held_out=0.25, threads=1, workers=1, seed=3,
-        tokenizer=TokenizerPhase(frames, SHORT, batch=7, length=2, focus=0.1, perceptual=0.0, settle=2),
+        tokenizer=TokenizerPhase(frames, SHORT, batch=7, length=2, focus=0.1, perceptual=0.0, slow_steps=2),
         dynamics=DynamicsPhase(DynamicsConfig(transformer=THIN), SHORT, batch=3, length=4, focus=0.2),
         agent=AgentPhase(agent, SHORT, batch=4, length=5, focus=0.3),
         imagination=ImaginationPhase(imagination, SHORT, batch=5, focus=0.4),
@@ -139,7 +139,7 @@ def test_each_phase_gets_its_own_settings(made, preset):
         assert kwargs["run_dir"] == made.run.folder
         assert kwargs["batch"] == phase.batch and kwargs["focus"] == phase.focus
         assert kwargs["train"].seed == phase.train.seed + 3 and type(kwargs["config"]) is type(phase.model)
-    assert made.given["train_tokenizer"][1]["settle"] == 2 and made.given["train_dynamics"][1]["length"] == 4
+    assert made.given["train_tokenizer"][1]["slow_steps"] == 2 and made.given["train_dynamics"][1]["length"] == 4
     last = made.given["train_imagination"][1]
     assert last["config"].horizon == 2 and "length" not in last
 
@@ -265,7 +265,7 @@ def test_a_run_of_an_older_package_goes_on(made, monkeypatch):
     kept = path.read_text()
     phases = json.loads(kept)
     for entry in phases.values():
-        for phase, setting in (("agent", "reward_range"), ("agent", "action_dims"), ("tokenizer", "spread_weight")):
+        for phase, setting in (("agent", "reward_range"), ("agent", "action_dims"), ("tokenizer", "latent_std_weight")):
             entry["made_with"].get(phase, {}).get("model", {}).pop(setting, None)
     path.write_text(json.dumps(phases))
     try:

@@ -6,7 +6,7 @@ import torch
 from dreamer4_nb.method.attention import TransformerConfig, apply_rope
 from dreamer4_nb.method.blocks import BlockCausalTransformer, TokenLayout
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.data.windows import Windows
 
 SHAPE = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=3)
@@ -39,7 +39,7 @@ def test_actions_led_to_their_frame(tmp_path):
     level = 128 + 10 * np.cumsum(actions[:, 0])
     frames = np.broadcast_to(level[:, None, None, None], (12, 4, 4, 3)).astype(np.uint8)
     zeros = np.zeros(12, np.float32)
-    with building(tmp_path / "store.zarr") as beside:
+    with atomic_store(tmp_path / "store.zarr") as beside:
         store = EpisodeStore.create(beside, "toy", action_dim=1, frame_shape=(4, 4, 3))
         store.append(Episode(frames=frames, actions=actions, rewards=zeros))
         store.finish()

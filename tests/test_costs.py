@@ -1,4 +1,4 @@
-"Shapes, counts, and memory and time foretold. Nothing is timed."
+"Shapes, counts, and memory and time predict_phases. Nothing is timed."
 import itertools
 import weakref
 from dataclasses import replace
@@ -138,7 +138,7 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-# Memory and time foretold
+# Memory and time predict_phases
 
 WIDE = TransformerConfig(width=64, depth=4, heads=4, kv_heads=2, time_every=4, context=8)
 FORETOLD = {
@@ -146,7 +146,7 @@ FORETOLD = {
     "clips longer than the context": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, time_every=2)),
                                            DynamicsConfig(n_latents=8, d_latent=8, pack=2, image_rows=0.3, transformer=WIDE), 2, 12, 1, 1),
     "committed": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, mask_max=0.0, transformer=replace(WIDE, depth=2, time_every=2)),
-                       DynamicsConfig(n_latents=8, d_latent=8, pack=4, committed=True, transformer=replace(WIDE, time_every=2)), 4, 8, 1, 1, clips=(6, 2)),
+                       DynamicsConfig(n_latents=8, d_latent=8, pack=4, train_on_context=True, transformer=replace(WIDE, time_every=2)), 4, 8, 1, 1, clips=(6, 2)),
     "soft cap": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, softcap=10.0)),
                       DynamicsConfig(n_latents=8, d_latent=8, pack=1, n_registers=7, transformer=replace(WIDE, softcap=10.0)), 4, 8, 1, 1)}
 
@@ -191,8 +191,8 @@ def acting(batch, length, transformer=WIDE, **changes):
 
 
 AGENTS = {"plain": acting(8, 8), "longer than the context, single images": acting(4, 12, image_rows=0.3),
-          "committed": acting(8, 8, replace(WIDE, time_every=2), committed=True),
-          "one row of each half": acting(2, 12, short=4)}
+          "committed": acting(8, 8, replace(WIDE, time_every=2), train_on_context=True),
+          "one row of each half": acting(2, 12, short_clip_length=4)}
 
 
 @pytest.mark.parametrize("recompute", [False, True])

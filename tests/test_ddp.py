@@ -28,17 +28,17 @@ def finish(process):
         pytest.fail(f"the ranks did not exit within {LIMIT} s")
 
 
-@pytest.mark.parametrize("normalise", [0, 1])
-def test_gradients_equal_those_of_one_process(tmp_path, normalise):
+@pytest.mark.parametrize("normalize", [0, 1])
+def test_gradients_equal_those_of_one_process(tmp_path, normalize):
     "Of one with the double batch, or, where the first batch's loss is a divisor, of one that accumulates the two batches."
-    steps = 1 if normalise == 0 else 12
-    process = torchrun(tmp_path, "--steps", str(steps), "--normalise", str(normalise))
+    steps = 1 if normalize == 0 else 12
+    process = torchrun(tmp_path, "--steps", str(steps), "--normalize", str(normalize))
     output = finish(process)
     assert process.returncode == 0, output
     alone = make_modules()
     double = lambda i: torch.cat([make_batch(2 * i), make_batch(2 * i + 1)])
-    batches, accumulate = (make_batch, 2) if normalise else (double, 1)
-    fit("alone", alone, plain_loss_fn, batches, make_config(steps=steps, normalise=bool(normalise), accumulate=accumulate), tmp_path, progress=False)
+    batches, accumulate = (make_batch, 2) if normalize else (double, 1)
+    fit("alone", alone, plain_loss_fn, batches, make_config(steps=steps, normalize=bool(normalize), accumulate=accumulate), tmp_path, progress=False)
     ranks = [load_checkpoint(tmp_path / f"gradients{rank}.safetensors")[0] for rank in range(2)]
     for key, wanted in gradients(alone).items():
         torch.testing.assert_close(ranks[0][key], ranks[1][key], rtol=0, atol=0)

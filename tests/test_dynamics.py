@@ -108,7 +108,7 @@ def test_a_segment_is_a_separate_clip():
 
 def test_image_rows_and_short_clips_have_one_shape():
     g = torch.Generator().manual_seed(0)
-    config = replace(SMALL, image_rows=0.3, short=3)
+    config = replace(SMALL, image_rows=0.3, short_clip_length=3)
     segments, images = draw_segments(config, 4000, T, g)
     assert segments.shape == (4000, T) and images.shape == (4000, 1)
     whole, short = (segments == 0).all(1), (segments == torch.arange(T) // 3).all(1)
@@ -177,9 +177,9 @@ def test_normalise_and_back():
     model = make_model()
     latents = make_batch(SMALL).latents
     model.set_statistics(latents.mean((0, 1)), latents.std((0, 1)))
-    z = model.normalise(latents)
+    z = model.normalize(latents)
     assert z.shape == (8, T, 2, 12) and z.mean().abs() < 1e-5 and abs(z.std().item() - 1) < 0.01
-    torch.testing.assert_close(model.denormalise(z), latents)
+    torch.testing.assert_close(model.denormalize(z), latents)
     resting = torch.ones(4, 6)
     resting[0, 0] = 0
     model.set_statistics(torch.zeros(4, 6), resting)
@@ -239,12 +239,12 @@ def test_a_noised_frame_does_not_see_its_own_committed_copy_nor_other_noised_fra
 
 
 def test_the_video_loss_of_committed_rows_also_gives_h():
-    model = make_model(n_agent=1, committed=True)
+    model = make_model(n_agent=1, train_on_context=True)
     batch, agent = make_batch(SMALL), torch.randn(8, 1, 32, generator=torch.Generator().manual_seed(1))
     loss, metrics, h = video_loss(model, batch, torch.Generator().manual_seed(0), agent)
     assert loss.isfinite() and h.shape == (8, T, 1, 32)
     assert video_loss(make_model(n_agent=1), batch, torch.Generator().manual_seed(0), agent)[2] is None
-    schedule, z = model.config.schedule, model.normalise(batch.latents)
+    schedule, z = model.config.schedule, model.normalize(batch.latents)
     context = noise_context(z, schedule, torch.Generator().manual_seed(0))       # the first draw of the pass
     level = torch.full((8, T), schedule.ctx_index), torch.full((8, T), schedule.ctx_j)
     torch.testing.assert_close(model(context, *level, batch.actions, batch.action_known, agent)[1], h, atol=1e-5, rtol=1e-5)

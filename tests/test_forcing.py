@@ -80,7 +80,7 @@ def padded_batch(config, fill):
                  task=torch.zeros(4, dtype=torch.long), relevant=torch.zeros(4, dtype=torch.bool), valid=valid)
 
 
-@pytest.mark.parametrize("options", [{}, {"committed": True}, {"image_rows": 0.3, "short": 3}])
+@pytest.mark.parametrize("options", [{}, {"train_on_context": True}, {"image_rows": 0.3, "short_clip_length": 3}])
 def test_the_world_does_not_learn_from_padding(options):
     config = DynamicsConfig(n_latents=4, d_latent=6, transformer=TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, context=5))
     torch.manual_seed(0)
@@ -100,5 +100,5 @@ def test_clips_are_drawn_where_the_generator_is(monkeypatch):
 
     monkeypatch.setattr(torch, "rand", watched)
     g = torch.Generator().manual_seed(0)
-    draw_segments(DynamicsConfig(image_rows=0.3, short=3), 4, 6, g)
+    draw_segments(DynamicsConfig(image_rows=0.3, short_clip_length=3), 4, 6, g)
     assert seen == [g.device]

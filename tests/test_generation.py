@@ -58,8 +58,8 @@ def by_window(world, latents, actions, prefix):
     agent = torch.zeros(len(actions), world.dynamics.config.n_agent, 32)
     f = lambda z, i, j: world.dynamics(z, i, j, actions[:, :z.shape[1]], known[:, :z.shape[1]], agent)[0]
     with torch.no_grad():
-        z = sample_sequence(f, world.dynamics.normalise(latents[:, :prefix]), actions.shape[1] - prefix, world.schedule, noise())
-    return world.dynamics.denormalise(z)
+        z = sample_sequence(f, world.dynamics.normalize(latents[:, :prefix]), actions.shape[1] - prefix, world.schedule, noise())
+    return world.dynamics.denormalize(z)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
@@ -96,12 +96,12 @@ def test_the_context_is_noised_as_its_label_says():
     world.observe(dream, latents[:, :PREFIX], actions[:, :PREFIX])
     tau = world.schedule.ctx_index / world.schedule.k_max
     assert (calls[0]["i"] == world.schedule.ctx_index).all() and (calls[0]["j"] == world.schedule.ctx_j).all()
-    added = calls[0]["z"] - tau * world.dynamics.normalise(latents[:, :PREFIX])
+    added = calls[0]["z"] - tau * world.dynamics.normalize(latents[:, :PREFIX])
     assert abs(added.std().item() - (1 - tau)) < 0.01 and tau > 0.5
     new = world.imagine(dream, actions[:, PREFIX])
-    added = calls[-1]["z"][:, 0] - tau * world.dynamics.normalise(new[:, None])[:, 0]
+    added = calls[-1]["z"][:, 0] - tau * world.dynamics.normalize(new[:, None])[:, 0]
     inside = new.abs() < 1                                       # latents are kept in [-1, 1] after the commit
-    inside = world.dynamics.normalise(inside.float()[:, None])[:, 0] > 0.5
+    inside = world.dynamics.normalize(inside.float()[:, None])[:, 0] > 0.5
     assert calls[-1]["commit"] and abs(added[inside].std().item() - (1 - tau)) < 0.02
 
 

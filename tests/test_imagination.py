@@ -168,16 +168,16 @@ def bandit(reach, steps=800):
     torch.manual_seed(0)
     config = AgentConfig(width=4, hidden=64, mtp=0, action_dim=1, policy="bernoulli")
     policy, value = PolicyHead(config), ScalarHead(config, 1, reach)
-    optimiser = torch.optim.Adam([{"params": policy.parameters(), "lr": 1e-3}, {"params": value.parameters(), "lr": 1e-2}])
+    optimizer = torch.optim.Adam([{"params": policy.parameters(), "lr": 1e-3}, {"params": value.parameters(), "lr": 1e-2}])
     h, prior = torch.ones(64, 16, 1, 4), Bernoulli(torch.zeros(64, 15, 1, 1))
     for step in range(steps):
         values, now = value(h).detach(), policy(h[:, :-1])
         actions = now.sample(step_generator(0, step))
         returns = lambda_returns(1.4 + 0.5 * actions[..., 0], torch.ones(64, 15), values, 0.997, 0.95)
         loss = pmpo_loss(now.log_prob(actions), returns - values[:, :-1], now.kl(prior)) + value.loss(h[:, :-1], returns[..., None]).mean()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return policy(h[:1, :1]).mean().item(), values.mean().item()
 
 
@@ -308,15 +308,15 @@ def test_pmpo_finds_the_known_best_policy():
     heads.goes_on = lambda h: h[..., 0, :] @ GOES_ON
     learners = make_learners(heads)
     loss_fn = imagination_loss(Chain(), heads, ImaginationConfig(context=1, horizon=8, gamma=GAMMA))
-    optimiser = torch.optim.Adam([p for m in learners.values() for p in m.parameters()], lr=1e-2)
+    optimizer = torch.optim.Adam([p for m in learners.values() for p in m.parameters()], lr=1e-2)
     for step in range(120):
         g = step_generator(0, step)
         batch = make_contexts(32, 1)
         batch.latents = torch.randint(1, N - 1, (32, 1, 1, 1), generator=g).float()
         losses, _ = loss_fn(learners, batch, g)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         sum(losses.values()).backward()
-        optimiser.step()
+        optimizer.step()
     inner = place(torch.arange(1, N - 1))
     chance, value = learners["policy"](inner).mean()[:, 0], learners["value"](inner)
     assert (chance > 0.5).tolist() == [False, True, True, True, True]

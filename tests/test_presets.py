@@ -22,8 +22,8 @@ from dreamer4_nb.training.phases import train_dynamics
 from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.training.phases import train_imagination
-from dreamer4_nb.runs.presets import PRESETS, linked
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.runs.presets import PRESETS, resolve
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.method.tokenizer import Tokenizer
 from dreamer4_nb.training.phases import encode_store, train_tokenizer
 
@@ -48,7 +48,7 @@ MILLIONS = {"tiny": (0.88, 0.77, 0.66), "long": (0.88, 1.51, 0.66), "small": (19
 @every_preset
 def test_sizes_are_those_that_are_meant(name):
     "Of tokenizer, dynamics with agent tokens, and heads."
-    p = linked(PRESETS[name])
+    p = resolve(PRESETS[name])
     acting = replace(p.dynamics.model, n_agent=p.agent.model.n_agent)
     with META:
         parts = Tokenizer(p.tokenizer.model), Dynamics(acting), AgentHeads(p.agent.model)
@@ -60,7 +60,7 @@ def levels(config, rows, frames):
     generator, coarse = torch.Generator().manual_seed(0), []
     for _ in range(200):
         _, j, n = draw_levels((rows, frames), config.schedule, generator, config.bootstrap_share,
-                              config.p_context, mixed=not config.committed)
+                              config.p_context, mixed=not config.train_on_context)
         coarse.append((j < config.schedule.grid.j_min).float().mean())
     return n, float(torch.stack(coarse).mean())
 
@@ -70,7 +70,7 @@ def levels(config, rows, frames):
 def test_every_batch_trains_the_large_steps(name, phase):
     """In phase 2 the world loss has the uniform half of the batch. Frames with a target of the teacher's are as
     many as asked for, less those whose own step is the smallest or that are put at the level of the context."""
-    p = linked(PRESETS[name])
+    p = resolve(PRESETS[name])
     batch, length = getattr(p, phase).batch, getattr(p, phase).length
     rows = batch if phase == "dynamics" else batch // 2
     n, coarse = levels(p.dynamics.model, rows, length)
@@ -90,7 +90,7 @@ def test_contexts_are_filled_in_training(name):
     "In use a stream fills the context; a past that no training window had would be strange to the model."
     p = PRESETS[name]
     tokens, world = p.tokenizer.model.transformer.context, p.dynamics.model.transformer.context
-    assert tokens <= p.tokenizer.length or p.tokenizer.settle      # the slow part has clips of one frame more
+    assert tokens <= p.tokenizer.length or p.tokenizer.slow_steps      # the slow part has clips of one frame more
     assert world < p.dynamics.length and world <= p.agent.length and p.imagination.model.context <= world
 
 
@@ -99,8 +99,8 @@ def test_own_terms_of_the_tokenizer_compare_clips_or_are_off(name):
     "Spread and change are measured over a batch; one clip alone says nothing about them."
     p = PRESETS[name].tokenizer
     slow = p.model.transformer.context + 1
-    off = getattr(p.model, "spread_weight", 3) == 0 and p.model.slowness == (0, 0)
-    assert off or p.batch >= 2 and (not p.settle or p.batch * p.length // slow >= 2)
+    off = getattr(p.model, "latent_std_weight", 3) == 0 and p.model.slowness == (0, 0)
+    assert off or p.batch >= 2 and (not p.slow_steps or p.batch * p.length // slow >= 2)
 
 
 @every_preset
@@ -112,7 +112,7 @@ def test_all_fits_into_the_memory_it_is_meant_for(name):
     beside = 0.0 if machine.gpu else 1 + frames
     longest = shipped()[0].max() if p.data == "shipped" else p.evaluation.decisions + 1
     for dtype in ("bfloat16",) if machine.gpu else ("bfloat16", "float32"):
-        found = presets.foretold(p, machine, devices, int(longest), dtype)
+        found = presets.predict_phases(p, machine, devices, int(longest), dtype)
         assert found.keys() - {"slow"} == {"tokenizer", "dynamics", "agent", "imagination", "encode", "act"}
         too_large = {phase: row["memory"] for phase, row in found.items() if row["memory"] + beside > 0.9 * gb}
         assert too_large == {}
@@ -125,7 +125,7 @@ def test_printed_costs_are_those_of_the_preset(name):
     shape, phases, tokens = SHAPES[name], presets.phase_shapes(PRESETS[name]), PRESETS[name].tokenizer
     assert phases["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
     assert (phases["dynamics"].batch, phases["dynamics"].length) == (shape.batch, shape.length)
-    assert phases["tokenizer"].tokenizer == replace(shape.tokenizer, scenes=len(PRESETS[name].tasks))
+    assert phases["tokenizer"].tokenizer == replace(shape.tokenizer, n_backgrounds=len(PRESETS[name].tasks))
     assert replace(phases["dynamics"].dynamics, action_dim=2) == shape.dynamics
 
 
@@ -139,7 +139,7 @@ def test_what_shipped_was_trained_so(name, file):
             return old == new
         return all(same(value, new[key]) for key, value in old.items() if key not in ("compile", "device"))
 
-    now = to_dict(linked(PRESETS[name]))
+    now = to_dict(resolve(PRESETS[name]))
     assert all(same(kept[phase], now[phase]) for phase in ("tokenizer", "dynamics", "agent", "imagination"))
 
 
@@ -185,7 +185,7 @@ def as_long_as_shipped(tmp_path_factory):
         qualities = data["quality"].astype(str)
     stores, statistics = [], {"mean": np.zeros((8, 8)).tolist(), "std": np.ones((8, 8)).tolist()}
     for kind, shape, dtype, more in (("frames", (8, 8, 3), "uint8", {}), ("latents", (8, 8), "float16", statistics)):
-        with building(folder / kind) as beside:
+        with atomic_store(folder / kind) as beside:
             store = EpisodeStore.create(beside, "ball_in_cup-catch", 2, shape, 0, kind, dtype, **more)
             store.extend([Episode(actions=np.zeros((n, 2)), rewards=r, quality=str(q),
                                   **{kind: np.zeros((n, *shape), dtype)})
@@ -224,8 +224,8 @@ def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, t
     for module in (tokenizer, dynamics, agent, imagination):
         monkeypatch.setattr(module, "fit", fit)
     frames, latents = as_long_as_shipped
-    run_phases(linked(preset), frames, tmp_path, latents)
-    assert len(sources) == 4 + (preset.tokenizer.settle > 0)
+    run_phases(resolve(preset), frames, tmp_path, latents)
+    assert len(sources) == 4 + (preset.tokenizer.slow_steps > 0)
     assert sources["dynamics"].length == true.dynamics.length
     assert sources["imagination"].length == true.imagination.model.context
     for called, source in sources.items():
@@ -238,7 +238,7 @@ def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, t
 def test_every_phase_takes_two_steps(name, tmp_path, fits):
     preset = shrunk(PRESETS[name])
     store = noise_store(tmp_path, preset)
-    models = run_phases(linked(preset), store, tmp_path)
+    models = run_phases(resolve(preset), store, tmp_path)
     assert all(p.isfinite().all() for model in models for p in model.parameters())
     histories = {called: history for called, _, history in fits}
     for history in histories.values():
@@ -259,5 +259,5 @@ def test_the_cost_table_counts_the_batches_of_the_presets():
     said = ast.literal_eval(re.search(r"BATCHES = (\{.*?\})", cell)[1])
     for name, counts in said.items():
         p, devices = PRESETS[name], 8 if name == "base" else 1
-        phases = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.settle, p.dynamics.train.steps * p.dynamics.train.accumulate
+        phases = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.slow_steps, p.dynamics.train.steps * p.dynamics.train.accumulate
         assert counts == tuple(devices * n for n in phases)

@@ -17,13 +17,13 @@ from dreamer4_nb.core import Batch, to_float
 from dreamer4_nb.data.demonstrations import _shipped
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.data.envs import object_pixels, render_states
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.evaluation.ball import BALL_SCORE, ball_metrics, ball_position
 from dreamer4_nb.evaluation.metrics import tokenizer_report
 from dreamer4_nb.method.checkpoints import load_tokenizer
 from dreamer4_nb.method.streams import coding_bytes, decode_stream, encode_stream
-from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, change, draw_mask,
-                                          gradient_difference, mean_of_valid, patchify, spread_error,
+from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, slowness_loss, draw_mask,
+                                          gradient_difference, mean_of_valid, patchify, latent_std_loss,
                                           tokenizer_loss, unpatchify)
 from dreamer4_nb.training.phases import encode_store, frame_statistics, train_tokenizer
 from dreamer4_nb.training.loop import TrainConfig
@@ -38,7 +38,7 @@ def tokenizer(request):
     shapes = {"time in the middle": dict(depth=3, heads=2, kv_heads=2, time_every=2), "time last": dict(depth=2, heads=2, kv_heads=2, time_every=2),
               "GQA and soft cap": dict(depth=3, heads=4, kv_heads=2, time_every=2, softcap=20.0), "two scenes": dict(depth=2, heads=2, kv_heads=2, time_every=2)}
     torch.manual_seed(0)
-    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, scenes=scenes, transformer=TransformerConfig(width=32, context=CONTEXT, **shapes[request.param])))
+    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, n_backgrounds=scenes, transformer=TransformerConfig(width=32, context=CONTEXT, **shapes[request.param])))
     nn.init.normal_(model.to_patch.weight, std=0.2)
     model.mean_frame.uniform_()
     return model.eval()
@@ -159,25 +159,25 @@ def test_scenes():
     what_moves = torch.randn(3, 1, 3, 16, 16, generator=g)                                                       # of each scene another thing
     frames = torch.stack(scenes)[:, None] + 0.05 * (1 + torch.rand(3, 40, 1, 1, 1, generator=g)) * what_moves    # (3, n, c, h, w)
     torch.manual_seed(0)
-    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, scenes=3, transformer=TransformerConfig(width=32, depth=2, heads=2, kv_heads=2, time_every=2)))
+    model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, n_backgrounds=3, transformer=TransformerConfig(width=32, depth=2, heads=2, kv_heads=2, time_every=2)))
     for k in range(3):
         model.set_statistics(frames[k], k)
-    assert torch.equal(model.scene(frames.transpose(0, 1)), torch.arange(3).expand(40, 3))                       # any leading shape
+    assert torch.equal(model.background(frames.transpose(0, 1)), torch.arange(3).expand(40, 3))                       # any leading shape
     assert torch.allclose(model.mean_frame[1], frames[1].mean(0)) and torch.allclose(model.std_frame[2], frames[2].std(0))
-    nn.init.normal_(model.to_scene.weight)
+    nn.init.normal_(model.to_background.weight)
     latents = torch.rand(1, 1, 2, 4, generator=g)
-    shares = model.to_scene(latents.flatten(2)).softmax(-1)[0, 0]
+    shares = model.to_background(latents.flatten(2)).softmax(-1)[0, 0]
     assert torch.allclose(model.decode(latents)[0, 0], (shares[:, None, None, None] * model.mean_frame).sum(0), atol=1e-6)
-    nn.init.zeros_(model.to_scene.weight)
+    nn.init.zeros_(model.to_background.weight)
     clips, before = frames[:, :8], None
-    optimiser = torch.optim.Adam(model.parameters(), 3e-3)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     for _ in range(200):
         loss = (model(clips)[0] - clips).square().mean()
         before = before or loss.item()
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
-    assert loss < 0.1 * before and (model.to_scene(model.encode(clips).flatten(2)).argmax(-1) == torch.arange(3)[:, None]).all()
+        optimizer.step()
+    assert loss < 0.1 * before and (model.to_background(model.encode(clips).flatten(2)).argmax(-1) == torch.arange(3)[:, None]).all()
 
 
 @pytest.mark.parametrize("budget", [None, "half", "a few frames", 1])
@@ -226,7 +226,7 @@ class AliveBytes(TorchDispatchMode):
 def test_pieces_stay_within_their_budget(scenes):
     "By a count of what is alive; the result comes on top."
     shape = TransformerConfig(width=48, depth=4, heads=4, kv_heads=2, time_every=2, context=12)
-    config = TokenizerConfig(image=32, n_latents=3, d_latent=4, scenes=scenes, transformer=shape)
+    config = TokenizerConfig(image=32, n_latents=3, d_latent=4, n_backgrounds=scenes, transformer=shape)
     model = Tokenizer(config).eval()
     raw = torch.zeros(4, 40, 32, 32, 3, dtype=torch.uint8)
     latents = torch.zeros(4, 40, 3, 4)
@@ -312,7 +312,7 @@ def filmed(path, image, episodes=3, length=30):
     "Shipped states of ball_in_cup, drawn at a size, as a store."
     data, _ = _shipped("ball_in_cup-catch")
     starts = np.cumsum(data["lengths"]) - data["lengths"]
-    with building(path) as beside:
+    with atomic_store(path) as beside:
         width = data["states"].shape[1]
         store = EpisodeStore.create(beside, "ball_in_cup-catch", 2, (image, image, 3), width)
         for start in starts[:episodes]:
@@ -402,11 +402,11 @@ def test_terms_under_padding_are_those_of_the_frames_that_count():
     latents, valid = torch.randn(2, 6, 2, 3, generator=g), torch.arange(6) < torch.tensor([[6], [3]])
     kept = torch.cat([latents[0], latents[1, :3]])
     assert torch.allclose(mean_of_valid(latents, valid), kept.mean())
-    assert torch.allclose(spread_error(latents, 0.35, valid), (kept.std(0) - 0.35).abs().mean())
+    assert torch.allclose(latent_std_loss(latents, 0.35, valid), (kept.std(0) - 0.35).abs().mean())
     steps = torch.cat([latents[0].diff(dim=0), latents[1, :3].diff(dim=0)]).square().mean()
-    assert torch.allclose(change(latents, valid), steps / (2 * kept.var(0).mean() + 1e-6))
-    assert change(latents, torch.arange(6) < torch.tensor([[1], [1]])) == 0   # no pair: nothing, and not NaN
-    assert change(latents, torch.zeros(2, 6, dtype=torch.bool)) == 0
+    assert torch.allclose(slowness_loss(latents, valid), steps / (2 * kept.var(0).mean() + 1e-6))
+    assert slowness_loss(latents, torch.arange(6) < torch.tensor([[1], [1]])) == 0   # no pair: nothing, and not NaN
+    assert slowness_loss(latents, torch.zeros(2, 6, dtype=torch.bool)) == 0
 
 
 def test_plain_objective_is_the_mean_squared_error():
@@ -431,7 +431,7 @@ def test_plain_objective_is_the_mean_squared_error():
         weights = list(model.parameters())
         gradients, of_mse = (torch.autograd.grad(x, weights, allow_unused=True) for x in (losses["mse"], mse))
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(gradients, of_mse))
-    modules = {"tokenizer": Tokenizer(replace(config, spread_weight=3.0))}
+    modules = {"tokenizer": Tokenizer(replace(config, latent_std_weight=3.0))}
     with_spread, _ = tokenizer_loss(modules, batch_of(clip), torch.Generator())
     assert with_spread["mse"] > 1.2 * (clip - 0.5).square().mean()
 
@@ -445,8 +445,8 @@ def test_one_clip_says_nothing_of_change():
     "Two frames of one clip: the ratio is 1 whatever they are, so there is nothing to learn from it."
     for seed in range(3):
         z = torch.randn(1, 2, 2, 4, generator=torch.Generator().manual_seed(seed), requires_grad=True)
-        assert abs(change(z) - 1) < 1e-3
-        assert torch.autograd.grad(change(z), z)[0].abs().max() < 1e-4
+        assert abs(slowness_loss(z) - 1) < 1e-3
+        assert torch.autograd.grad(slowness_loss(z), z)[0].abs().max() < 1e-4
 
 
 def train_small(store, config={}, train=FEW, run_dir=None, **settings):
@@ -455,30 +455,30 @@ def train_small(store, config={}, train=FEW, run_dir=None, **settings):
     return train_tokenizer(store, TokenizerConfig(**SMALL | config), train, run_dir, **settings)
 
 
-NO_SPREAD, LATE = {"spread_weight": 0.0}, {"spread_weight": 0.0, "slowness": (0.0, 0.5)}
+NO_SPREAD, LATE = {"latent_std_weight": 0.0}, {"latent_std_weight": 0.0, "slowness": (0.0, 0.5)}
 
 
-@pytest.mark.parametrize("config, batch, length, settle, remedy", [
+@pytest.mark.parametrize("config, batch, length, slow_steps, remedy", [
     ({}, 1, 8, 0, "batch of 2"), ({}, 1, 8, 4, "batch of 2"), (NO_SPREAD, 1, 8, 0, "batch of 2"),
     ({"slowness": (0.0, 0.0)}, 1, 8, 0, "batch of 2"), ({}, 2, 2, 4, "batch x length of 8 or more"),
-    ({}, 3, 2, 4, "settle=0"), (LATE, 1, 4, 4, "settle=0"), ({}, 4, 4, -1, "settle")])
-def test_single_clips_are_refused_at_the_door(tmp_path, monkeypatch, config, batch, length, settle, remedy):
+    ({}, 3, 2, 4, "slow_steps=0"), (LATE, 1, 4, 4, "slow_steps=0"), ({}, 4, 4, -1, "slow_steps")])
+def test_single_clips_are_refused_at_the_door(tmp_path, monkeypatch, config, batch, length, slow_steps, remedy):
     monkeypatch.setattr(module, "fit", lambda *args, **kwargs: pytest.fail("a step was taken"))
     monkeypatch.setattr(module, "Windows", lambda *args, **kwargs: pytest.fail("data was read"))
     store = make(tmp_path / "a.zarr", "a", [20, 20])
     with pytest.raises(UserError, match=remedy):
-        train_small(store, config, batch=batch, length=length, settle=settle)
+        train_small(store, config, batch=batch, length=length, slow_steps=slow_steps)
 
 
-@pytest.mark.parametrize("config, batch, length, settle", [
+@pytest.mark.parametrize("config, batch, length, slow_steps", [
     (PLAIN_OBJECTIVE, 1, 8, 0), (PLAIN_OBJECTIVE, 1, 8, 2), ({}, 2, 2, 0), ({}, 4, 2, 2), (LATE, 1, 8, 0)])
-def test_batches_that_can_be_compared_are_trained_on(tmp_path, config, batch, length, settle):
+def test_batches_that_can_be_compared_are_trained_on(tmp_path, config, batch, length, slow_steps):
     store = make(tmp_path / "a.zarr", "a", [20, 20])
-    train_small(store, config, replace(FEW, steps=1), batch=batch, length=length, settle=settle)
+    train_small(store, config, replace(FEW, steps=1), batch=batch, length=length, slow_steps=slow_steps)
 
 
-@pytest.mark.parametrize("settle", [0, 3])
-def test_each_part_trains_as_it_should(tmp_path, monkeypatch, settle):
+@pytest.mark.parametrize("slow_steps", [0, 3])
+def test_each_part_trains_as_it_should(tmp_path, monkeypatch, slow_steps):
     "Name, steps, slowness and windows of the parts; without a second part the first makes the tokenizer."
     fits = []
 
@@ -486,9 +486,9 @@ def test_each_part_trains_as_it_should(tmp_path, monkeypatch, settle):
         fits.append((name, loss.keywords["part"], train.steps, batches.length, batches.batch))
 
     monkeypatch.setattr(module, "fit", noted)
-    train_small(make(tmp_path / "a.zarr", "a", [20, 20]), batch=6, length=2, settle=settle)
+    train_small(make(tmp_path / "a.zarr", "a", [20, 20]), batch=6, length=2, slow_steps=slow_steps)
     second = [("tokenizer", 1, 3, 4, 3)]
-    assert fits == ([("tokenizer.draft", 0, 4, 2, 6)] + second if settle else [("tokenizer", 0, 4, 2, 6)])
+    assert fits == ([("tokenizer.draft", 0, 4, 2, 6)] + second if slow_steps else [("tokenizer", 0, 4, 2, 6)])
 
 
 def test_the_second_part_is_the_slow_one():
@@ -501,7 +501,7 @@ def test_the_second_part_is_the_slow_one():
 
 def test_training_without_a_second_part_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     store = make(tmp_path / "a.zarr", "a", [20, 20])
-    run = lambda folder: train_small(store, run_dir=folder, batch=2, length=2, settle=0)
+    run = lambda folder: train_small(store, run_dir=folder, batch=2, length=2, slow_steps=0)
     run(tmp_path / "unbroken")
     loss, calls = module.tokenizer_loss, []
 
@@ -528,7 +528,7 @@ def test_every_task_has_statistics_of_its_own_however_many_there_are(tmp_path):
     "Of 30 tasks, one frame value each, 32 batches of two clips do not show all."
     stores = [make(tmp_path / f"{k}.zarr", f"task {k}", [12] * (k + 1)).subset([k]) for k in range(30)]
     joined = EpisodeStore.join(stores)
-    model = train_small(joined, {"scenes": 30}, replace(FEW, steps=1), batch=2, length=2, settle=0)
+    model = train_small(joined, {"scenes": 30}, replace(FEW, steps=1), batch=2, length=2, slow_steps=0)
     assert torch.isfinite(model.mean_frame).all() and torch.isfinite(model.std_frame).all()
     assert (model.mean_frame * 255 - torch.arange(30.0)[:, None, None, None]).abs().max() < 1e-3
 
@@ -537,7 +537,7 @@ def test_a_task_of_one_episode_among_hundreds_has_statistics_of_its_own(tmp_path
     many, one = make(tmp_path / "a.zarr", "a", [6] * 200), make(tmp_path / "b.zarr", "b", [3] * 251)
     joined = EpisodeStore.join([many, one.subset([250])])
     config = PLAIN_OBJECTIVE | {"scenes": 2}
-    model = train_small(joined, config, replace(FEW, steps=1), batch=1, length=3, settle=0)
+    model = train_small(joined, config, replace(FEW, steps=1), batch=1, length=3, slow_steps=0)
     assert torch.allclose(model.mean_frame[1] * 255, torch.tensor(250.0)) and model.std_frame[1].max() < 1e-4
     assert 0 < model.mean_frame[0].mean() * 255 < 200 and model.std_frame[0].min() > 0.01
 
@@ -555,7 +555,7 @@ def test_statistics_are_those_of_all_frames_that_count(tmp_path):
     mean, std = frame_statistics(padded)
     assert torch.allclose(mean, kept.mean(0), atol=1e-6) and torch.allclose(std, kept.std(0), atol=1e-6)
     store = make(tmp_path / "a.zarr", "a", [20, 20, 30])
-    model = train_small(store, train=replace(FEW, steps=1), batch=3, length=2, settle=0)
+    model = train_small(store, train=replace(FEW, steps=1), batch=3, length=2, slow_steps=0)
     drawn = Windows(store, 2, 3, 0, focus=0.7)
     frames = torch.cat([drawn(-1 - k).frames for k in range(32)]).flatten(0, 1)
     assert torch.allclose(model.mean_frame[0], frames.mean(0), atol=1e-6)
@@ -565,7 +565,7 @@ def test_statistics_are_those_of_all_frames_that_count(tmp_path):
 def test_short_episodes_are_trained_on(tmp_path):
     "A store of which no episode is as long as the second part's clips."
     store = make(tmp_path / "a.zarr", "a", [2, 3, 3, 2])
-    model = train_small(store, train=replace(FEW, steps=2), batch=4, length=2, settle=2, perceptual=0.2)
+    model = train_small(store, train=replace(FEW, steps=2), batch=4, length=2, slow_steps=2, perceptual=0.2)
     assert all(torch.isfinite(p).all() for p in model.parameters()) and torch.isfinite(model.std_frame).all()
 
 
@@ -586,8 +586,8 @@ def test_bad_input_is_a_user_error(tokenizer, tmp_path):
                 lambda: tokenizer.encode(clip.movedim(2, -1)), lambda: tokenizer.decode(latents[:, :, :1]), lambda: tokenizer.decode(latents.flatten(2)),
                 lambda: tokenizer.encode(clip, mask=torch.zeros(2, FRAMES, 9, dtype=torch.bool)), lambda: tokenizer.set_statistics(clip),
                 lambda: tokenizer.encode(clip, cache=tokenizer.init_cache(3)[0]), lambda: TokenizerConfig(image=60), lambda: TokenizerConfig(mask_max=1.5),
-                lambda: TokenizerConfig(latent_noise=-1.0), lambda: TokenizerConfig(scenes=0),
-                lambda: TokenizerConfig(spread_weight=-1.0), lambda: TokenizerConfig(spread=0.0),
+                lambda: TokenizerConfig(latent_noise=-1.0), lambda: TokenizerConfig(n_backgrounds=0),
+                lambda: TokenizerConfig(latent_std_weight=-1.0), lambda: TokenizerConfig(latent_std=0.0),
                 lambda: Tokenizer(TokenizerConfig(image=16)).set_statistics(clip[0, :1]),
                 lambda: encode_stream(tokenizer, torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)),
                 lambda: train_small(two_tasks, {"scenes": 3}),

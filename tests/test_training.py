@@ -120,8 +120,8 @@ def test_checkpoint_of_another_run_is_refused(tmp_path):
 def test_accumulated_batches_equal_one_large_batch():
     parts, whole = make_modules(), make_modules()
     double = lambda i: torch.cat([make_batch(2 * i), make_batch(2 * i + 1)])
-    train(None, make_batch, plain_loss_fn, parts, steps=1, accumulate=2, normalise=False)
-    train(None, double, plain_loss_fn, whole, steps=1, normalise=False)
+    train(None, make_batch, plain_loss_fn, parts, steps=1, accumulate=2, normalize=False)
+    train(None, double, plain_loss_fn, whole, steps=1, normalize=False)
     for key, wanted in gradients(whole).items():
         torch.testing.assert_close(gradients(parts)[key], wanted, rtol=1e-5, atol=1e-6)
 

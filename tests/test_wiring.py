@@ -129,7 +129,7 @@ def test_the_streaming_policy_reads_the_h_of_the_window(monkeypatch, action_dim)
     @torch.no_grad()
     def window(actions=led_to, known=known, task=1):
         s = world.schedule
-        z = s.ctx_tau * world.dynamics.normalise(world.tokenizer.encode(frames.movedim(-1, 2) / 255))
+        z = s.ctx_tau * world.dynamics.normalize(world.tokenizer.encode(frames.movedim(-1, 2) / 255))
         level = torch.full((3, 10), s.ctx_index), torch.full((3, 10), s.ctx_j)
         h = world.dynamics(z, *level, actions, known, heads.tokens(torch.full((3,), task)))[1]
         return torch.tanh(h.flatten(-2))[..., :n]
@@ -304,7 +304,7 @@ def test_the_dynamics_get_the_statistics_of_their_latents(stores, tmp_path):
 
 def test_the_tokenizer_gets_the_mean_frame_of_its_data(stores, tmp_path):
     frames = torch.as_tensor(stores[0].column("frames")).float().movedim(-1, 1) / 255
-    trained = train_tokenizer(stores[0], FRAMES, SHORT, tmp_path, batch=9, length=2, settle=1)
+    trained = train_tokenizer(stores[0], FRAMES, SHORT, tmp_path, batch=9, length=2, slow_steps=1)
     assert (trained.mean_frame[0] - frames.mean(0)).abs().mean() < 0.04
     assert (trained.std_frame[0] - frames.std(0)).abs().mean() < 0.04
 
@@ -333,7 +333,7 @@ def test_every_phase_draws_batches_as_it_was_told(stores, monkeypatch):
     assert [call["name"] for call in calls] == names
     shapes = [tuple(call["batches"](0).actions.shape[:2]) for call in calls]
     assert shapes == [(4, 5), (2, 9), (4, 5), (4, 5), (4, 5)]   # after the draft: a full past, as many frames
-    assert [call["config"].normalise for call in calls] == [True, True, True, True, False]
+    assert [call["config"].normalize for call in calls] == [True, True, True, True, False]
     assert calls[3]["weights"] == {"cloning": 4.0}
     assert [call["batches"](0).frames is not None for call in calls] == [True, True, False, False, False]
 
@@ -407,7 +407,7 @@ def test_each_part_of_the_tokenizer_has_its_own_slowness(stores, monkeypatch):
         "Of one batch under the loss of the first and that of the second part."
         calls.clear()
         config = replace(FRAMES, slowness=slowness)
-        train_tokenizer(stores[0], config, SHORT, None, batch=4, length=5, settle=7)
+        train_tokenizer(stores[0], config, SHORT, None, batch=4, length=5, slow_steps=7)
         assert [call["config"].steps for call in calls] == [2, 7]
         assert calls[0]["modules"]["tokenizer"] is calls[1]["modules"]["tokenizer"]
         g = [torch.Generator().manual_seed(0) for _ in calls]
@@ -433,7 +433,7 @@ def test_the_perceptual_term_counts_as_it_was_told(stores, monkeypatch):
 def trained(stores, tmp_path_factory):
     "Two real steps of every phase, on top of each other."
     folder = tmp_path_factory.mktemp("trained")
-    frames = train_tokenizer(stores[0], FRAMES, SHORT, folder, batch=6, length=3, settle=2)
+    frames = train_tokenizer(stores[0], FRAMES, SHORT, folder, batch=6, length=3, slow_steps=2)
     first = train_dynamics(stores[1], WORLD, SHORT, folder, batch=2, length=4)
     before = copy.deepcopy(first)
     world, heads = train_agent(stores[1], first, AGENT, SHORT, folder, batch=2, length=4)

@@ -22,7 +22,7 @@ def thin_tokenizer(config: TokenizerConfig) -> TokenizerConfig:
 
 def thin_dynamics(config: DynamicsConfig) -> DynamicsConfig:
     blocks = thin(config.transformer, 8)
-    return replace(config, n_latents=4, d_latent=8, short=min(config.short, 4), transformer=blocks)
+    return replace(config, n_latents=4, d_latent=8, short_clip_length=min(config.short_clip_length, 4), transformer=blocks)
 
 
 def thin_shape(shape: Shape) -> Shape:
@@ -39,10 +39,10 @@ def thin_preset(preset: Preset, steps: int = 2, **train) -> Preset:
         return replace(old, model=model, train=short, **sizes)
 
     tokenizer, agent, imagination = preset.tokenizer, preset.agent.model, preset.imagination.model
-    length, settle = min(tokenizer.length, 4), min(tokenizer.settle, steps)
+    length, slow_steps = min(tokenizer.length, 4), min(tokenizer.slow_steps, steps)
     return replace(
         preset, threads=1, workers=1, held_out=0.25,
-        tokenizer=phase("tokenizer", thin_tokenizer(tokenizer.model), batch=4, length=length, settle=settle),
+        tokenizer=phase("tokenizer", thin_tokenizer(tokenizer.model), batch=4, length=length, slow_steps=slow_steps),
         dynamics=phase("dynamics", thin_dynamics(preset.dynamics.model), batch=4, length=12),
         agent=phase("agent", replace(agent, hidden=32), batch=4, length=12),
         imagination=phase("imagination", replace(imagination, context=4, horizon=3), batch=4),

@@ -1,12 +1,12 @@
 "Small stores for the tests of stores and of what is drawn from them."
 import numpy as np
 
-from dreamer4_nb.data.stores import Episode, EpisodeStore, building
+from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 
 
 def make(path, task, lengths, width=1, image=4):
     "A store whose frames are filled with the number of their episode."
-    with building(path) as beside:
+    with atomic_store(path) as beside:
         store = EpisodeStore.create(beside, task, width, (image, image, 3), width)
         store.extend([Episode(actions=np.zeros((n, width)), rewards=np.arange(n), frames=np.full((n, image, image, 3), k, np.uint8),
                               states=np.full((n, width), k)) for k, n in enumerate(lengths)])

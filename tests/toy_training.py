@@ -1,6 +1,6 @@
 """A toy run in a process of its own: alone, under torchrun, or killed again and again.
 
-    toy_training.py RUN_DIR [--steps 40] [--normalise 0] [--rounds N]    (N > 0: kill it N times with SIGKILL)"""
+    toy_training.py RUN_DIR [--steps 40] [--normalize 0] [--rounds N]    (N > 0: kill it N times with SIGKILL)"""
 import argparse, os, random, signal, time
 from pathlib import Path
 
@@ -86,7 +86,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--normalise", type=int, default=1)
+    parser.add_argument("--normalize", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=0)
     args = parser.parse_args()
     if args.rounds:
@@ -94,7 +94,7 @@ if __name__ == "__main__":
     else:
         torch.set_num_threads(1)
         modules = make_modules(seed=int(os.environ.get("RANK", 0)))  # ranks start from different weights: rank 0's must win
-        config = make_config(steps=args.steps, normalise=bool(args.normalise))
+        config = make_config(steps=args.steps, normalize=bool(args.normalize))
         fit("toy", modules, plain_loss_fn, make_batch, config, args.run_dir, progress=False)
         save_checkpoint(args.run_dir / f"gradients{os.environ.get('RANK', 0)}.safetensors", gradients(modules), {})
         fit("second", modules, plain_loss_fn, make_batch, config, args.run_dir, progress=False)  # the ranks are joined once

@@ -155,7 +155,7 @@ def _renderer(task: str, image: int) -> mujoco.Renderer:
     except Exception as error:      # each backend fails in its own way
         raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={_GL}: {error}); "
                         "type: sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL") from None
-    renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+    renderer.background.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
     atexit.register(renderer.close)
     return renderer
 

@@ -28,19 +28,19 @@ class DynamicsConfig:
     n_registers: int = 2
     n_agent: int = 0               # agent tokens (phases 2 and 3); nothing attends to them
     bootstrap_share: float = 0.25  # rows of a batch that have a teacher and train the larger steps
-    committed: bool = False        # past frames as they are in use, clean but for the context noise; False = the paper, at levels of their own
+    train_on_context: bool = False        # past frames as they are in use, clean but for the context noise; False = the paper, at levels of their own
     p_context: float = 0.0         # more frames at the level of the context than the paper's draws put there (0 = the paper)
     clip: float = 4.0              # bound of the bootstrap targets, in standard deviations of the latents
     image_rows: float = 0.0        # share of rows treated as single images (paper: 0.3)
-    short: int = 0                 # length of the short clips that half of the other rows are cut into; 0 = whole rows only
+    short_clip_length: int = 0                 # length of the short clips that half of the other rows are cut into; 0 = whole rows only
     schedule: Schedule = Schedule()
     transformer: TransformerConfig = TransformerConfig(width=128, depth=4, heads=4, kv_heads=2, time_every=2, context=24)
 
     def __post_init__(self):
         if self.pack < 1 or self.n_latents % self.pack:
             raise UserError(f"{self.n_latents} latents cannot be packed by {self.pack}; choose a divisor")
-        if not 0 <= self.image_rows <= 1 or self.short < 0:
-            raise UserError(f"image_rows={self.image_rows}, short={self.short}; a share in [0, 1] and a length (0 = off) are needed")
+        if not 0 <= self.image_rows <= 1 or self.short_clip_length < 0:
+            raise UserError(f"image_rows={self.image_rows}, short_clip_length={self.short_clip_length}; a share in [0, 1] and a length (0 = off) are needed")
 
     @property
     def n_tokens(self) -> int: return self.n_latents // self.pack
@@ -74,7 +74,7 @@ def beside_context(sees):
 class Dynamics(nn.Module):
     """Predicts clean latents from noised ones, given actions (paper, section 3.2).
 
-    `z` is (b, t, n_tokens, d_token): latents standardised and packed by `normalise`.
+    `z` is (b, t, n_tokens, d_token): latents standardised and packed by `normalize`.
     Step indices: tau = i/k_max, d = 2**-j, one pair a frame. `actions[t]` led to frame t.
     """
 
@@ -100,14 +100,14 @@ class Dynamics(nn.Module):
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std.clamp(min=0.1 * float(std.square().mean().sqrt()) + 1e-6))  # a channel at rest stays at rest
 
-    def normalise(self, latents):
+    def normalize(self, latents):
         "Tokenizer latents (b, t, n_latents, d_latent) to the model's z (b, t, n_tokens, d_token)."
         c = self.config
         check_shape("latents", latents, "b t n d", n=c.n_latents, d=c.d_latent)
         return rearrange((latents - self.latent_mean) / self.latent_std, "b t (n p) d -> b t n (p d)", p=c.pack)
 
-    def denormalise(self, z):
-        "The inverse of `normalise`, kept inside the tokenizer's range [-1, 1]."
+    def denormalize(self, z):
+        "The inverse of `normalize`, kept inside the tokenizer's range [-1, 1]."
         latents = rearrange(z, "b t n (p d) -> b t (n p) d", p=self.config.pack)
         return (latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
@@ -159,19 +159,19 @@ class Dynamics(nn.Module):
 def draw_segments(config: DynamicsConfig, b: int, t: int, generator):
     """Clip numbers (b, t), and which rows are single images (b, 1).
 
-    A row is, by chance: t single images, short clips of `config.short` frames, or one clip of t frames. All have
+    A row is, by chance: t single images, short clips of `config.short_clip_length` frames, or one clip of t frames. All have
     one tensor shape. Both are None when the config asks for whole rows only.
     """
-    if not config.image_rows and not config.short:
+    if not config.image_rows and not config.short_clip_length:
         return None, None
     device = generator.device
     frame = torch.arange(t, device=device).expand(b, t)
     kind = torch.rand(b, 1, generator=generator, device=device)
     images = kind < config.image_rows
     segments = torch.zeros_like(frame)
-    if config.short:
+    if config.short_clip_length:
         cut = kind < config.image_rows + (1 - config.image_rows) / 2
-        segments = torch.where(cut, frame // config.short, segments)
+        segments = torch.where(cut, frame // config.short_clip_length, segments)
     return torch.where(images, frame, segments), images
 
 # %% ../../nbs/08_dynamics.ipynb #cell-37
@@ -179,10 +179,10 @@ def video_loss(model: Dynamics, batch, generator, agent=None):
     """Shortcut forcing on a batch of latents (paper, section 3.2): (loss, metrics, h).
 
     The loss is the mean over all frames that `batch.valid` counts: as two terms, each divided by its own RMS, the small
-    bootstrap loss would outweigh the data. h (b, t, n_agent, width) are the `agent` tokens' outputs on the context when the config is
-    `committed`, else None.
+    bootstrap loss would outweigh the data. h (b, t, n_agent, width) are the `agent` tokens' outputs on the context when the config says
+    `train_on_context`, else None.
     """
-    c, z = model.config, model.normalise(batch.latents.float())
+    c, z = model.config, model.normalize(batch.latents.float())
     b, t = z.shape[:2]
     known = batch.action_known
     segments, images = draw_segments(c, b, t, generator)
@@ -190,7 +190,7 @@ def video_loss(model: Dynamics, batch, generator, agent=None):
         segments, known = segments.to(z.device), known & ~images.to(z.device)   # nothing led to a single image
     if c.n_agent and agent is None:
         agent = z.new_zeros(b, c.n_agent, c.transformer.width)
-    context, last = noise_context(z, c.schedule, generator) if c.committed else None, {}
+    context, last = noise_context(z, c.schedule, generator) if c.train_on_context else None, {}
 
     def f(z_tau, i, j, rows=slice(None)):
         of_rows = [None if x is None else x[rows] for x in (agent, segments, context)]
@@ -199,9 +199,9 @@ def video_loss(model: Dynamics, batch, generator, agent=None):
 
     # Frames beside committed context do not see each other, so mixed sizes in a row would teach nothing there.
     losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip, batch.valid,
-                                   mixed=not c.committed)
+                                   mixed=not c.train_on_context)
     share = metrics["bootstrap_share"]
-    return (1 - share) * losses["flow"] + share * losses["bootstrap"], metrics, last["h"] if c.committed else None
+    return (1 - share) * losses["flow"] + share * losses["bootstrap"], metrics, last["h"] if c.train_on_context else None
 
 
 def dynamics_loss(modules, batch, generator):

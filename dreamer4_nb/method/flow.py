@@ -43,15 +43,15 @@ def interpolate(z0: Tensor, z1: Tensor, tau) -> Tensor:
     return (1 - tau) * z0 + tau * z1
 
 # %% ../../nbs/01_flow.ipynb #cell-15
-def posterior_mean(z: Tensor, tau, centres: Tensor, std: float) -> Tensor:
+def posterior_mean(z: Tensor, tau, centers: Tensor, std: float) -> Tensor:
     """The exact E[z1 | z_τ = z] for data from an equal mixture of Gaussians: what a perfect network answers.
 
-    z: `(n, dim)`; tau: a number or `(n,)`; centres: `(m, dim)`, each with standard deviation `std`."""
+    z: `(n, dim)`; tau: a number or `(n,)`; centers: `(m, dim)`, each with standard deviation `std`."""
     tau = expand_as(tau, z)
     variance = (1 - tau) ** 2 + (tau * std) ** 2
-    offset = z[:, None] - tau[..., None] * centres                     # (n, m, dim)
-    weight = (-offset.square().sum(-1) / (2 * variance)).softmax(dim=-1)  # (n, m): which centre was it?
-    each = centres + (tau * std ** 2 / variance)[..., None] * offset
+    offset = z[:, None] - tau[..., None] * centers                     # (n, m, dim)
+    weight = (-offset.square().sum(-1) / (2 * variance)).softmax(dim=-1)  # (n, m): which center was it?
+    each = centers + (tau * std ** 2 / variance)[..., None] * offset
     return (weight[..., None] * each).sum(dim=1)
 
 # %% ../../nbs/01_flow.ipynb #cell-19

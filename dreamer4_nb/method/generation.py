@@ -97,7 +97,7 @@ class WorldModel(nn.Module):
             action_known = torch.ones(actions.shape[:2], dtype=torch.bool, device=actions.device)
             if dream.cache.length == 0:
                 action_known[:, 0] = False
-        return self.commit(dream, self.dynamics.normalise(latents), actions, action_known)
+        return self.commit(dream, self.dynamics.normalize(latents), actions, action_known)
 
     def draw_frame(self, z, noise, actions, agent, place):
         """All K + 1 forwards of one frame: noise z (b, 1, n_tokens, d_token) becomes the frame z, which is committed at `place` with
@@ -124,7 +124,7 @@ class WorldModel(nn.Module):
         z, h = self.draw_frame(z, noise, action[:, None], dream.agent, self.dynamics.place(dream.cache, b))
         dream.cache.length += 1
         dream.h = None if h is None else h[:, -1]
-        return self.dynamics.denormalise(z)[:, 0]
+        return self.dynamics.denormalize(z)[:, 0]
 
     @torch.no_grad()
     def rollout(self, latents, actions, prefix: int, generator, agent=None, action_known=None, budget: int | None = None):

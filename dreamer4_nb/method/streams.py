@@ -77,7 +77,7 @@ def coding_bytes(coder: BlockCausalTransformer, config: TokenizerConfig, frames:
     "Bytes of a row, at most, while `frames` frames pass the encoder or the decoder, `coder`, of a tokenizer."
     pixels = config.channels * config.image ** 2
     tokens = config.transformer.width * (config.n_latents + config.n_patches)
-    colours = config.scenes * config.channels * config.n_patches            # compared with every mean frame
+    colours = config.n_backgrounds * config.channels * config.n_patches            # compared with every mean frame
     ends = 4 * frames * (6 * pixels + 3 * tokens + 2 * colours)
     return ends + inference_bytes(coder, frames, itemsize)
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN_OBJECTIVE', 'TokenizerConfig', 'encoder_layout', 'decoder_layout', 'patchify', 'unpatchify', 'grid_embedding',
-           'draw_mask', 'Tokenizer', 'deviation_weight', 'valid_only', 'mean_of_valid', 'spread_error', 'change',
-           'gradient_difference', 'PerceptualLoss', 'tokenizer_loss']
+           'draw_mask', 'Tokenizer', 'deviation_weight', 'valid_only', 'mean_of_valid', 'latent_std_loss',
+           'slowness_loss', 'gradient_difference', 'PerceptualLoss', 'tokenizer_loss']
 
 # %% ../../nbs/07_tokenizer.ipynb #6e0cee85
 import warnings
@@ -34,11 +34,11 @@ class TokenizerConfig:
     mask_max: float = 0.9      # per image, drop probability p ~ U(0, mask_max)
     mask_tube: bool = False    # one mask for the whole clip in place of one a frame
     gain: float = 5.0          # how much more a pixel counts that is far from its own average, in the frame
-    false_alarm: float = 0.1   # the same for such a pixel of the output, as a share of `gain`
-    spread: float = 0.35       # standard deviation over a batch that every latent is held at: lower, it is ignored; higher, tanh saturates
-    spread_weight: float = 3.0  # how much the distance from it counts; 0 = not at all
+    output_weight: float = 0.1   # the same for such a pixel of the output, as a share of `gain`
+    latent_std: float = 0.35       # standard deviation over a batch that every latent is held at: lower, it is ignored; higher, tanh saturates
+    latent_std_weight: float = 3.0  # how much the distance from it counts; 0 = not at all
     slowness: tuple[float, float] = (0.02, 0.5)   # weight of the change of latents from frame to frame, in the first and second part of training
-    scenes: int = 1            # mean frames to tell apart: one for each task
+    n_backgrounds: int = 1            # mean frames to tell apart: one for each task
     latent_noise: float = 0.0  # standard deviation of the noise on the latents that the decoder trains with
     transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2, context=16)
 
@@ -47,12 +47,12 @@ class TokenizerConfig:
             raise UserError(f"image size {self.image} is not a multiple of patch {self.patch}; choose a patch that divides it")
         if not 0 <= self.mask_max <= 1:
             raise UserError(f"mask_max is {self.mask_max}; a probability in [0, 1] is needed")
-        if self.scenes < 1:
-            raise UserError(f"scenes is {self.scenes}; at least one mean frame is needed")
-        if self.spread_weight and self.spread <= 0:
-            raise UserError(f"spread is {self.spread}; give a positive one, or spread_weight=0 for none")
+        if self.n_backgrounds < 1:
+            raise UserError(f"n_backgrounds is {self.n_backgrounds}; at least one mean frame is needed")
+        if self.latent_std_weight and self.latent_std <= 0:
+            raise UserError(f"latent_std is {self.latent_std}; give a positive one, or latent_std_weight=0 for none")
         weights = dict(slowness=min(self.slowness), latent_noise=self.latent_noise, gain=self.gain,
-                       false_alarm=self.false_alarm, spread_weight=self.spread_weight)
+                       output_weight=self.output_weight, latent_std_weight=self.latent_std_weight)
         if negative := [f"{name} {value}" for name, value in weights.items() if value < 0]:
             raise UserError(f"{', '.join(negative)} must not be negative; 0 turns each of them off")
         if self.transformer.width % 4:
@@ -125,24 +125,24 @@ class Tokenizer(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(width) * scale)
         nn.init.zeros_(self.to_patch.weight)
         nn.init.zeros_(self.to_patch.bias)
-        if config.scenes > 1:
-            self.to_scene = nn.Linear(config.n_latents * config.d_latent, config.scenes)
-        images = (config.scenes, config.channels, config.image, config.image)
+        if config.n_backgrounds > 1:
+            self.to_background = nn.Linear(config.n_latents * config.d_latent, config.n_backgrounds)
+        images = (config.n_backgrounds, config.channels, config.image, config.image)
         self.register_buffer("mean_frame", torch.full(images, 0.5))
         self.register_buffer("std_frame", torch.full(images, 0.25))
 
-    def set_statistics(self, frames, scene: int = 0):
-        "Mean and standard deviation a pixel of a scene, from frames (n, c, h, w) in [0, 1] of its training data."
+    def set_statistics(self, frames, background: int = 0):
+        "Mean and standard deviation a pixel of a background, from frames (n, c, h, w) in [0, 1] of its training data."
         check_shape("frames", frames, "n c h w", c=self.config.channels, h=self.config.image, w=self.config.image)
         if len(frames) < 2:
             raise UserError(f"statistics of {len(frames)} frames; give at least 2, better some hundred")
-        self.mean_frame[scene], self.std_frame[scene] = frames.mean(0), frames.std(0)
+        self.mean_frame[background], self.std_frame[background] = frames.mean(0), frames.std(0)
 
-    def scene(self, frames, mask=None):
+    def background(self, frames, mask=None):
         """Number of the mean frame that is nearest to each of the frames (..., c, h, w), compared patch by patch on the average
         colours. Patches dropped by `mask` (..., s) have no say."""
         colours = lambda x: F.avg_pool2d(x.float().flatten(0, -4), self.config.patch).flatten(2)         # (n, c, s)
-        distance = (colours(frames)[:, None] - colours(self.mean_frame)).square().sum(2)                   # (n, scenes, s)
+        distance = (colours(frames)[:, None] - colours(self.mean_frame)).square().sum(2)                   # (n, n_backgrounds, s)
         if mask is not None:
             distance = distance.masked_fill(mask.reshape(-1, 1, mask.shape[-1]), 0)
         return distance.sum(-1).argmin(1).view(frames.shape[:-3])
@@ -160,7 +160,7 @@ class Tokenizer(nn.Module):
         check_shape("frames", frames, "b t c h w", c=c.channels, h=c.image, w=c.image)
         if mask is not None:
             check_shape("mask", mask, "b t s", b=len(frames), t=frames.shape[1], s=c.n_patches)
-        patches = self.embed_patch(patchify((frames - self.mean_frame[self.scene(frames, mask)]) * 16, c.patch))
+        patches = self.embed_patch(patchify((frames - self.mean_frame[self.background(frames, mask)]) * 16, c.patch))
         if mask is not None:
             patches = torch.where(mask[..., None], self.mask_token.to(patches.dtype), patches)
         tokens = F.pad(patches, (0, 0, c.n_latents, 0)) + self.encoder_tokens
@@ -173,8 +173,8 @@ class Tokenizer(nn.Module):
         tokens = F.pad(self.from_latent(latents), (0, 0, c.n_patches, 0)) + self.decoder_tokens
         patches = self.to_patch(self.decoder(tokens, cache))
         mean = self.mean_frame[0]
-        if c.scenes > 1:
-            mean = torch.einsum("btk,kchw->btchw", self.to_scene(latents.flatten(2)).float().softmax(-1), self.mean_frame)
+        if c.n_backgrounds > 1:
+            mean = torch.einsum("btk,kchw->btchw", self.to_background(latents.flatten(2)).float().softmax(-1), self.mean_frame)
         return mean + unpatchify(patches.float(), c.patch, c.image) / 4
 
     def forward(self, frames, generator=None):
@@ -205,13 +205,13 @@ def mean_of_valid(x: Tensor, valid: Tensor | None = None) -> Tensor:
     return x.mean() if valid is None else x.flatten(2).mean(2)[valid].mean()
 
 
-def spread_error(latents: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
+def latent_std_loss(latents: Tensor, target: float, valid: Tensor | None = None) -> Tensor:
     """Mean over channels of the distance between the standard deviation over a batch and `target`.
     latents: (b, t, n, d); valid: (b, t), the frames that count."""
     return (valid_only(latents.float(), valid).std(0) - target).abs().mean()
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-47
-def change(latents: Tensor, valid: Tensor | None = None) -> Tensor:
+def slowness_loss(latents: Tensor, valid: Tensor | None = None) -> Tensor:
     """Mean square of z_t − z_(t−1) over twice the variance: 0 for stills, about 1 without any relation.
     latents: (b, t, n, d); valid: (b, t), the frames that count. 0 where there is no pair of them."""
     z = latents.float()
@@ -271,19 +271,19 @@ def tokenizer_loss(modules, batch: Batch, generator, perceptual: PerceptualLoss 
     `part` of the training, 0 or 1, says how much `slowness` counts.
     Frames that are not `batch.valid` do not count."""
     tokenizer, frames, valid = modules["tokenizer"], batch.frames, batch.valid
-    c, scene = tokenizer.config, tokenizer.scene(frames)
-    statistics = tokenizer.mean_frame[scene], tokenizer.std_frame[scene]
+    c, background = tokenizer.config, tokenizer.background(frames)
+    statistics = tokenizer.mean_frame[background], tokenizer.std_frame[background]
     recon, latents = tokenizer(frames, generator)
     error = (recon - frames) ** 2
-    weight = deviation_weight(frames, *statistics, c.gain) + c.false_alarm * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
+    weight = deviation_weight(frames, *statistics, c.gain) + c.output_weight * (deviation_weight(recon.detach(), *statistics, c.gain) - 1)
     squared = mean_of_valid(weight * error, valid)
     own = 0.0
-    if c.spread_weight:
-        own = own + c.spread_weight * spread_error(latents, c.spread, valid)
+    if c.latent_std_weight:
+        own = own + c.latent_std_weight * latent_std_loss(latents, c.latent_std, valid)
     if c.slowness[part]:
         first = min(c.transformer.context, latents.shape[1]) - 1    # with a past as long as in use
         valid_settled = None if valid is None else valid[:, first:]
-        own = own + c.slowness[part] * change(latents[:, first:], valid_settled)
+        own = own + c.slowness[part] * slowness_loss(latents[:, first:], valid_settled)
     losses = {"mse": squared + own * squared.detach()}              # in units of the squared error
     if perceptual is not None:
         n = frames.shape[:2].numel() if valid is None else int(valid.sum())
@@ -294,6 +294,6 @@ def tokenizer_loss(modules, batch: Batch, generator, perceptual: PerceptualLoss 
     return losses, {"psnr": -10 * torch.log10(mean_of_valid(error.detach(), valid))}
 
 # %% ../../nbs/07_tokenizer.ipynb #3c815dd1
-# The paper's objective: TokenizerConfig(**PLAIN_OBJECTIVE, ...), trained with perceptual=0.2 and settle=0.
-PLAIN_OBJECTIVE: dict = {"gain": 0.0, "false_alarm": 0.0, "spread_weight": 0.0,
+# The paper's objective: TokenizerConfig(**PLAIN_OBJECTIVE, ...), trained with perceptual=0.2 and slow_steps=0.
+PLAIN_OBJECTIVE: dict = {"gain": 0.0, "output_weight": 0.0, "latent_std_weight": 0.0,
                          "slowness": (0.0, 0.0), "latent_noise": 0.0}

@@ -40,7 +40,7 @@ from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import imagination_loss
-from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, foretold, phase_shapes
+from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, predict_phases, phase_shapes
 from dreamer4_nb.method.tokenizer import PerceptualLoss, Tokenizer, tokenizer_loss
 from dreamer4_nb.training.loop import TrainConfig, fit
 
@@ -162,8 +162,8 @@ def training(preset: Preset, phase: str, shape: Shape, device: torch.device) -> 
 
 
 def predicted(preset: Preset, device: torch.device, note: Note) -> None:
-    "What `presets.foretold` says of every phase, for a step and for its memory."
-    for phase, row in foretold(preset, kind_of(device), dtype=dtype_of(device)).items():
+    "What `presets.predict_phases` says of every phase, for a step and for its memory."
+    for phase, row in predict_phases(preset, kind_of(device), dtype=dtype_of(device)).items():
         note(**{phase: {"memory_gb": row["memory"]} | ({"seconds": row["step"]} if "step" in row else {})})
 
 
@@ -171,7 +171,7 @@ def two_steps(preset: Preset, phase: str, shape: Shape, device: torch.device, no
     "With the preset's batch, or half of it, and so on, where that does not fit."
     setting = getattr(preset, "tokenizer" if phase == "slow" else phase).train
     config = replace(setting, steps=2, warmup=1, log_every=1, device=device.type, compile=False, shard=1,
-                     normalise=setting.normalise and phase != "imagination")
+                     normalize=setting.normalize and phase != "imagination")
     asked = shape.tokenizer_clips if phase in OF_TOKENIZER else (shape.batch, shape.length)
     note(asked=list(asked), recompute=config.recompute)
     while True:

@@ -99,7 +99,7 @@ def test_a_stream_in_bfloat16_equals_its_window():
 
 def test_draws_come_from_the_generator_where_it_is():
     "A GPU's generator draws on the GPU; a CPU's, or one for each row, the same numbers for every device."
-    config = replace(DYNAMICS, image_rows=0.3, short=3)
+    config = replace(DYNAMICS, image_rows=0.3, short_clip_length=3)
     on_gpu = [draw_segments(config, 64, 6, step_generator(7, device=CUDA)) for _ in range(2)]
     for first, second in zip(*on_gpu):
         assert first.is_cuda and torch.equal(first, second)
