@@ -7,19 +7,22 @@ __all__ = ['expand_as', 'noise_like', 'interpolate', 'posterior_mean', 'velocity
            'sliced_wasserstein']
 
 # %% ../../nbs/01_flow.ipynb #9d9a3756
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..core import RowGenerators, UserError, draw_rows
 
 # %% ../../nbs/01_flow.ipynb #cell-8
-def expand_as(t, x: Tensor) -> Tensor:
+def expand_as(t: Tensor | float, x: Tensor) -> Tensor:
     """Append singleton dimensions to `t` so that it broadcasts against `x` from the left.
 
     `t` of shape `(b,)` or `(b, t)` becomes `(b, 1, 1, …)` or `(b, t, 1, …)`: one value for everything
     that follows. Numbers and 0-dimensional tensors pass. UserError if the leading shapes differ."""
     t = torch.as_tensor(t, device=x.device)
-    if t.ndim == 0: return t
+    if t.ndim == 0:
+        return t
     if t.shape != x.shape[:t.ndim]:
         raise UserError(f"tau or d of shape {tuple(t.shape)} does not lead x of shape {tuple(x.shape)}; "
                         f"give it one value per leading entry of x")
@@ -35,7 +38,7 @@ def noise_like(x: Tensor, generator: torch.Generator | RowGenerators) -> Tensor:
     return z0.to(device=x.device, dtype=x.dtype)
 
 
-def interpolate(z0: Tensor, z1: Tensor, tau) -> Tensor:
+def interpolate(z0: Tensor, z1: Tensor, tau: Tensor | float) -> Tensor:
     """The probability path z_τ = (1 − τ)·z0 + τ·z1: noise at τ = 0, data at τ = 1.
 
     z0, z1: `(…)` of one shape; `tau`: a number, or a tensor of leading shape."""
@@ -43,7 +46,7 @@ def interpolate(z0: Tensor, z1: Tensor, tau) -> Tensor:
     return (1 - tau) * z0 + tau * z1
 
 # %% ../../nbs/01_flow.ipynb #cell-15
-def posterior_mean(z: Tensor, tau, centers: Tensor, std: float) -> Tensor:
+def posterior_mean(z: Tensor, tau: Tensor | float, centers: Tensor, std: float) -> Tensor:
     """The exact E[z1 | z_τ = z] for data from an equal mixture of Gaussians: what a perfect network answers.
 
     z: `(n, dim)`; tau: a number or `(n,)`; centers: `(m, dim)`, each with standard deviation `std`."""
@@ -55,26 +58,29 @@ def posterior_mean(z: Tensor, tau, centers: Tensor, std: float) -> Tensor:
     return (weight[..., None] * each).sum(dim=1)
 
 # %% ../../nbs/01_flow.ipynb #cell-19
-def velocity_from_x(x_hat: Tensor, z_tau: Tensor, tau) -> Tensor:
+def velocity_from_x(x_hat: Tensor, z_tau: Tensor, tau: Tensor | float) -> Tensor:
     """The velocity v = (x̂ − z_τ) / (1 − τ) that leads from `z_tau` straight to the clean estimate `x_hat`.
 
     Undefined at τ = 1: an error of size e in `x_hat` becomes one of size e / (1 − τ)."""
     return (x_hat - z_tau) / (1 - expand_as(tau, z_tau))
 
 
-def x_from_velocity(v: Tensor, z_tau: Tensor, tau) -> Tensor:
+def x_from_velocity(v: Tensor, z_tau: Tensor, tau: Tensor | float) -> Tensor:
     """The clean estimate x̂ = z_τ + (1 − τ)·v: where the velocity `v`, kept constant, ends at τ = 1."""
     return z_tau + (1 - expand_as(tau, z_tau)) * v
 
 # %% ../../nbs/01_flow.ipynb #cell-24
 @torch.no_grad()
-def euler_sample(velocity, z: Tensor, steps: int, start: float = 0.0, record: bool = False) -> Tensor:
+def euler_sample(velocity: Callable[[Tensor, Tensor], Tensor], z: Tensor, steps: int, start: float = 0.0,
+                 record: bool = False) -> Tensor:
     """Integrate dz/dτ = velocity(z, τ) from τ = `start` to τ = 1 in `steps` equal Euler steps.
 
     velocity: function of `z` `(n, …)` and `tau` `(n,)`. z: `(n, …)`, noise when `start` is 0.
     It is never asked at τ = 1. Returns the samples, or with `record` all positions `(steps + 1, n, …)`."""
-    if steps < 1: raise UserError(f"euler_sample needs at least one step, got {steps}; use steps >= 1")
-    if not 0 <= start < 1: raise UserError(f"start must lie in [0, 1), got {start}; 0 is pure noise")
+    if steps < 1:
+        raise UserError(f"euler_sample needs at least one step, got {steps}; use steps >= 1")
+    if not 0 <= start < 1:
+        raise UserError(f"start must lie in [0, 1), got {start}; 0 is pure noise")
     d = (1 - start) / steps
     path = [z]
     for k in range(steps):
@@ -96,4 +102,4 @@ def sliced_wasserstein(a: Tensor, b: Tensor, directions: int = 128, seed: int = 
     u = torch.randn(a.shape[1], directions, generator=generator, dtype=torch.float64)
     u = u / u.norm(dim=0)
     gap = (a.double().cpu() @ u).sort(dim=0).values - (b.double().cpu() @ u).sort(dim=0).values
-    return gap.square().mean().sqrt().item()
+    return float(gap.square().mean().sqrt())
