@@ -235,10 +235,12 @@ class AgentConfig:
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:
     "Two hidden layers; the output starts at zero, so that every prediction starts uniform."
+    first = nn.Linear(width, hidden)
+    second = nn.Linear(hidden, hidden)
     last = nn.Linear(hidden, out)
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
-    return nn.Sequential(nn.Linear(width, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), last)
+    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
 
 # %% ../../nbs/10_agent.ipynb #cell-36
 class PolicyHead(nn.Module):
