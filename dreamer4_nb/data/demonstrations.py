@@ -48,27 +48,38 @@ def _pieces(lengths: np.ndarray, frames: int = 500) -> list[range]:
 
 def _render_piece(task: str, data: dict[str, np.ndarray], piece: range, image: int,
                   workers: int) -> list[Episode]:
-    "The episodes of a piece, with frames."
-    lengths = data["lengths"].astype(int)
-    ends = np.cumsum(lengths)
-    rows = slice(int(ends[piece[0]] - lengths[piece[0]]), int(ends[piece[-1]]))
-    names = ("states", "actions", "intended", "rewards", "continues")
-    columns = {name: data[name][rows].astype(np.float32) for name in names if name in data}
-    states = data["states"][rows].astype(np.float64)
-    columns["frames"] = render_states(task, states, image=image, workers=workers)
+    """The episodes of a piece, with frames.
 
-    borders = np.cumsum(lengths[piece[0]:piece[-1] + 1])[:-1]
-    by_episode = {name: np.split(column, borders) for name, column in columns.items()}
+    data: of all that ships for the task.
+    piece: numbers of the episodes.
+    image: pixels on a side.
+    """
+    ends = np.cumsum(data["lengths"].astype(int))
+    starts = ends - data["lengths"]
+    first = starts[piece[0]]
+    last = ends[piece[-1]]
+    states = data["states"][first:last].astype(np.float64)
+    frames = render_states(task, states, image=image, workers=workers)
+
+    names = ("states", "actions", "intended", "rewards", "continues")
+    present = [name for name in names if name in data]
     episodes = []
-    for j, i in enumerate(piece):
-        own = {name: parts[j] for name, parts in by_episode.items()}
-        episodes.append(Episode(**own, task=task, quality=str(data["quality"][i]), seed=int(data["seeds"][i])))
+    for i in piece:
+        rows = slice(starts[i], ends[i])
+        columns = {name: data[name][rows].astype(np.float32) for name in present}
+        columns["frames"] = frames[starts[i] - first:ends[i] - first]
+        quality = str(data["quality"][i])
+        seed = int(data["seeds"][i])
+        episodes.append(Episode(**columns, task=task, quality=quality, seed=seed))
     return episodes
 
 # %% ../../nbs/31_demonstrations.ipynb #5565fdad
 def _render_store(path: Path, task: str, data: dict[str, np.ndarray], n: int, image: int, workers: int,
                   progress: bool, **attributes) -> None:
-    "Draw the first `n` episodes of shipped `data` into a new store."
+    """Draw the first `n` episodes of shipped `data` into a new store.
+
+    attributes: kept with the store.
+    """
     lengths = data["lengths"][:n].astype(int)
     with atomic_store(path) as beside:
         store = EpisodeStore.create(beside, task, data["actions"].shape[1], (image, image, 3),
@@ -98,7 +109,8 @@ def load_demonstrations(task: str | Sequence[str] = "ball_in_cup-catch", episode
     progress: show a bar.
     """
     if not isinstance(task, str):
-        return EpisodeStore.join([load_demonstrations(one, episodes, image, workers, progress) for one in task])
+        stores = [load_demonstrations(one, episodes, image, workers, progress) for one in task]
+        return EpisodeStore.join(stores)
     data, digest = _shipped(task)
     total = len(data["lengths"])
     n = total if episodes is None else min(int(episodes), total)
@@ -106,13 +118,15 @@ def load_demonstrations(task: str | Sequence[str] = "ball_in_cup-catch", episode
         raise UserError(f"episodes={episodes}; expected 1 or more ({total} ship for {task})")
 
     def path_of(count: int) -> Path:
-        return cache_dir() / "demonstrations" / f"{task}-{image}px-{count}of{total}-v{VERSION}-{digest}.zarr"
+        name = f"{task}-{image}px-{count}of{total}-v{VERSION}-{digest}.zarr"
+        return cache_dir() / "demonstrations" / name
 
     if n < total and path_of(total).exists():
         return EpisodeStore.open(path_of(total)).subset(np.arange(n))
     path = path_of(n)
     if not path.exists():
-        _render_store(path, task, data, n, image, workers, progress, source=f"demos_{task}.npz", digest=digest)
+        _render_store(path, task, data, n, image, workers, progress,
+                      source=f"demos_{task}.npz", digest=digest)
     return EpisodeStore.open(path)
 
 # %% ../../nbs/31_demonstrations.ipynb #cell-73
@@ -123,17 +137,29 @@ def _coverage(pixels: np.ndarray) -> float:
     return len(np.unique(inside, axis=0)) / 256
 
 
-def _summarize(task: str, rewards: list[np.ndarray], pixels: list[np.ndarray] | None) -> dict[str, float | None]:
-    "What episodes reach, from the rewards and the pixels of each."
+def _solved_at_the_end(hit: np.ndarray) -> bool:
+    "Whether an episode (t,) is solved through its last quarter."
+    quarter = max(len(hit) // 4, 1)
+    return hit[-quarter:].all()
+
+
+def _summarize(task: str, rewards: list[np.ndarray],
+               pixels: list[np.ndarray] | None) -> dict[str, float | None]:
+    """What episodes reach.
+
+    rewards: (t,) of each episode.
+    pixels: (t, 2) of each episode, where the object was; None: not known.
+    """
     hits = [solved(task, own) for own in rewards]
     firsts = [int(np.argmax(hit)) for hit in hits if hit.any()]
-    lasting = [hit[-max(len(hit) // 4, 1):].all() for hit in hits]
+    lasting = [_solved_at_the_end(hit) for hit in hits]
+    returns = [own.sum() for own in rewards]
     return {"episodes": len(rewards),
             "frames": sum(map(len, rewards)),
             "success": len(firsts) / len(rewards),
             "final_success": float(np.mean(lasting)),
             "first": float(np.median(firsts)) if firsts else None,
-            "return": float(np.mean([own.sum() for own in rewards])),
+            "return": float(np.mean(returns)),
             "coverage": None if pixels is None else _coverage(np.concatenate(pixels))}
 
 
@@ -150,7 +176,10 @@ def _print_report(report: dict[str, dict]) -> None:
 
 
 def _columns_of(source: EpisodeStore | str) -> tuple[str, dict[str, np.ndarray]]:
-    "The task of demonstrations, and their lengths, qualities, rewards and states. `UserError` for several tasks."
+    """The task of demonstrations, and their columns lengths, quality, rewards and states.
+
+    `UserError` for a store of several tasks.
+    """
     if isinstance(source, str):
         data, _ = _shipped(source)
         return source, {name: data[name] for name in ("lengths", "quality", "rewards", "states")}
@@ -165,15 +194,19 @@ def _columns_of(source: EpisodeStore | str) -> tuple[str, dict[str, np.ndarray]]
 def demonstrations_report(source: EpisodeStore | str, progress: bool = True) -> dict[str, dict]:
     """What demonstrations themselves reach, by quality: the ceiling of cloning them.
 
-    source: a store, or the name of a task whose shipped demonstrations are measured, all and without rendering.
+    source: a store, or the name of a task whose shipped demonstrations are measured, all of them and without
+        rendering.
     progress: print the report.
     Returns for each quality, and for "all", a dictionary of
+
+    episodes, frames, share: how many there are, and their share of all episodes;
     success: share of episodes that are `solved` at any time;
     final_success: through the whole last quarter;
     first: median frame of the first time;
     return: mean sum of the recorded rewards (an episode may stop soon after success);
-    coverage: share of the 4 x 4 pixel cells of a 64 x 64 image that the object visits, None if it is not known;
-    and how many episodes and frames, and which share of all episodes.
+    coverage: share of the 4 x 4 pixel cells of a 64 x 64 image that the object visits; None: not known.
+
+    `UserError` for a store of several tasks.
     """
     task, columns = _columns_of(source)
     lengths = columns["lengths"]

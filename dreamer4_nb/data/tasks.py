@@ -36,6 +36,7 @@ def _tolerance(x: np.ndarray, margin: float) -> np.ndarray:
 
 
 def _ball_score(states: np.ndarray) -> np.ndarray:
+    "Reward, with slopes that lead there: above the cup, over the opening, near, and out of the trap."
     dx, dz = np.moveaxis(ball_to_target(states), -1, 0)
     near = np.exp(-np.square(dx / 0.06) - np.square(dz / 0.06))
     above = np.clip(-dz, -0.4, 0.3)
@@ -44,6 +45,7 @@ def _ball_score(states: np.ndarray) -> np.ndarray:
 
 
 def _ball_settled(states: np.ndarray) -> np.ndarray:
+    "Where the ball lies in a cup that hardly moves."
     cup_speed = states[..., 4:6]
     ball_speed = states[..., 6:8]
     together = np.abs(cup_speed - ball_speed).max(-1) < 0.4
@@ -52,6 +54,7 @@ def _ball_settled(states: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/22_tasks.ipynb #1b2f42b6
 def _cartpole_score(states: np.ndarray) -> np.ndarray:
+    "The pole up, slow, and near the middle."
     x = states[..., 0]
     angle = states[..., 1]
     speed = states[..., 3]
@@ -62,6 +65,7 @@ def _cartpole_score(states: np.ndarray) -> np.ndarray:
 
 
 def _reacher_score(states: np.ndarray) -> np.ndarray:
+    "The finger on the target, or near it."
     shoulder = states[..., 0]
     elbow = shoulder + states[..., 1]
     finger_x = np.cos(shoulder) + np.cos(elbow)
@@ -74,6 +78,7 @@ def _reacher_score(states: np.ndarray) -> np.ndarray:
 
 
 def _walker_score(states: np.ndarray) -> np.ndarray:
+    "Standing upright, and walking."
     height = states[..., 0] + 1.3
     tilt = states[..., 2]
     speed = states[..., 10]
@@ -84,6 +89,7 @@ def _walker_score(states: np.ndarray) -> np.ndarray:
 
 
 def _cheetah_score(states: np.ndarray) -> np.ndarray:
+    "Speed, without falling over."
     tilt = states[..., 2]
     speed = states[..., 9]
     return speed / 10 - 0.1 * (1 - np.cos(tilt))
