@@ -72,7 +72,9 @@ def create_arrays(path: str | Path, observation: str, shape: tuple[int, ...], dt
                   state_dim: int, attributes: dict) -> zarr.Group:
     """Make the empty columns of a new store and return its zarr group.
 
-    observation: "frames" or "latents", the name of the column with rows of `shape` and `dtype`.
+    observation: "frames" or "latents".
+    shape, dtype: of one of its rows.
+    action_dim, state_dim: numbers in an action, and in a simulator state.
     attributes: what the store says about itself, as JSON can hold it.
     """
     layout = {"format": "dreamer4_nb", "version": VERSION, "complete": False, "observation": observation}
@@ -121,7 +123,10 @@ def _remove_leftovers(path: Path) -> None:
 
 
 def _move_into_place(beside: Path, path: Path, overwrite: bool) -> None:
-    "Rename `beside` to `path`. If another process has made `path` meanwhile, it stays, unless `overwrite`."
+    """Rename `beside` to `path`.
+
+    If another process has made `path` meanwhile, that one stays, unless `overwrite`.
+    """
     if overwrite and path.exists():
         old = beside.with_name(beside.name + "-old")
         os.rename(path, old)
@@ -138,6 +143,8 @@ def _move_into_place(beside: Path, path: Path, overwrite: bool) -> None:
 @contextmanager
 def atomic_store(path: str | Path, overwrite: bool = False) -> Iterator[str | Path]:
     """Yield a path beside `path` to make a store at; it is renamed if the block ends well, else removed.
+
+    overwrite: what is at `path`.
 
     What a kill leaves there is removed by a later build, after a day. If two processes build the same path,
     the first to finish wins and the other discards its copy.
@@ -177,7 +184,11 @@ def _finder(path: str | Path) -> Callable[[str], bool]:
 
 
 def check_chunks(path: str | Path, columns: dict[str, zarr.Array], n_episodes: int, n_rows: int) -> None:
-    "`UserError` if a chunk is missing of what this many episodes and rows need."
+    """`UserError` if a chunk is missing.
+
+    columns: of the store, by name.
+    n_episodes, n_rows: that must be there.
+    """
     is_there = _finder(path)
     for name, column in columns.items():
         rows = n_episodes if name in PER_EPISODE else n_rows
@@ -193,7 +204,10 @@ _OPENING = threading.Lock()  # while zarr's settings, which all threads share, a
 
 
 def open_columns(path: str | Path, group: zarr.Group) -> dict[str, zarr.Array]:
-    "The columns of a store by name. `UserError` if it is something else, of another version, or lacks one."
+    """The columns of a store by name.
+
+    `UserError` if it is something else, of another version, or lacks one.
+    """
     attributes = group.attrs.asdict()
     if attributes.get("format") != "dreamer4_nb":
         raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
@@ -234,9 +248,12 @@ class StoreArrays:
         self.mode = mode
         self.zarrs = open_columns(path, group)
         self.observation: str = self.attributes["observation"]
-        self._set_lengths(finished_lengths(np.asarray(self.zarrs["lengths"][:])))
+
+        lengths = np.asarray(self.zarrs["lengths"][:])
+        self._set_lengths(finished_lengths(lengths))
         check_chunks(path, self.zarrs, len(self.lengths), self.n_rows)
-        self.zarrs.setdefault("seed", np.full(len(self.lengths), -1, np.int64))  # version 1 knows none
+        if "seed" not in self.zarrs:  # version 1 knows none
+            self.zarrs["seed"] = np.full(len(self.lengths), -1, np.int64)
 
     def _set_lengths(self, lengths: np.ndarray) -> None:
         self.lengths = lengths
@@ -366,7 +383,10 @@ WIDTHS = {"action_dims": "actions", "state_dims": "states"}
 
 
 def task_widths(arrays: "StoreArrays | JoinedArrays", key: str) -> dict[str, int]:
-    "Of each task the width of its actions or states (`key` as in `WIDTHS`): as noted, else the column's."
+    """Of each task the width of its actions or states: as noted, else the column's.
+
+    key: of `WIDTHS`.
+    """
     attributes = arrays.attributes
     noted = attributes.get(key, {})
     width = arrays.empty(WIDTHS[key]).shape[1]
@@ -419,12 +439,19 @@ class JoinedArrays:
         self.lengths = np.concatenate([part.lengths for part in self.parts])
         self.n_rows = int(self.lengths.sum())
         self.columns: dict[str, np.ndarray] = {}
+
         self.first_rows = np.cumsum([0] + [part.n_rows for part in self.parts])
         self.first_episodes = np.cumsum([0] + [len(part.lengths) for part in self.parts])
+        names = (self.observation, *PER_ROW, *PER_EPISODE)
+        self._empty = {name: self._widest_empty(name) for name in names}
+
+    def _widest_empty(self, name: str) -> np.ndarray:
+        columns = [part.empty(name) for part in self.parts]
+        return max(columns, key=lambda column: column.shape[1:])
 
     def empty(self, name: str) -> np.ndarray:
         "No rows (0, ...) of a column: the largest width, and its dtype."
-        return max((part.empty(name) for part in self.parts), key=lambda column: column.shape[1:])
+        return self._empty[name]
 
     def column(self, name: str) -> np.ndarray:
         "A whole column, read once."
@@ -435,6 +462,7 @@ class JoinedArrays:
         firsts = self.first_episodes if name in PER_EPISODE else self.first_rows
         like = self.empty(name)
         out = np.zeros((stop - start, *like.shape[1:]), like.dtype)
+
         first_part = np.searchsorted(firsts, start, side="right") - 1
         last_part = np.searchsorted(firsts, stop)
         for k in range(first_part, last_part):
@@ -443,6 +471,7 @@ class JoinedArrays:
             rows = self.parts[k].read(name, begin - firsts[k], end - firsts[k])
             if name in self.renumber:
                 rows = self.renumber[name][k][rows]
+
             columns = tuple(slice(width) for width in rows.shape[1:])
             out[(slice(begin - start, end - start), *columns)] = rows  # the rest of a wider row stays zero
         return out

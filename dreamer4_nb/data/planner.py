@@ -110,6 +110,7 @@ class Planner:
     def _imagine(self, states: np.ndarray, actions: np.ndarray) -> np.ndarray:
         "`imagine` for so few states that memory is no matter."
         n, candidates, horizon, action_dim = actions.shape
+
         size = self.model.nq + self.model.nv
         full_size = mujoco.mj_stateSize(self.model, mujoco.mjtState.mjSTATE_FULLPHYSICS)
         start = np.zeros((n * candidates, full_size))
@@ -137,6 +138,7 @@ class Planner:
         noise = scales * self.random.standard_normal((n, self.candidates, knots, action_dim))
         noise[:, 0] = 0.0  # the first candidate is the plan itself
         tried = (plans[:, None] + noise).clip(-1, 1)
+
         futures = self.imagine(states, self.spline @ tried)
         scores = self.info.score(futures).mean(-1)
         return blend(tried, scores, self.top, self.temperature).clip(-1, 1)
@@ -161,6 +163,7 @@ class Planner:
             rows = np.arange(len(states))
             if len(self.plans) != len(states):
                 self.reset(len(states))
+
         plans = self.shift @ self.plans[rows]
         busy = self._is_busy(states)
         plans[~busy] = 0.0
@@ -188,7 +191,10 @@ MIXTURE = {"expert": 0.39, "medium": 0.36, "poor": 0.13, "random": 0.12}
 
 
 def _draw_qualities(quality: str, episodes: int, random: np.random.Generator) -> np.ndarray:
-    "The quality of each episode: all the same, or for `mixed` shares as in `MIXTURE`, in random order."
+    """The quality of each episode (n,), in random order.
+
+    quality: of all of them, or `mixed`: shares as in `MIXTURE`.
+    """
     shares = MIXTURE if quality == "mixed" else {quality: 1.0}
     names = list(shares)
     ends = np.round(np.cumsum(list(shares.values())) * episodes)
@@ -235,11 +241,13 @@ class _Recording:
         self.rewarded = 0  # decisions on end that brought reward
 
     def step(self, action: np.ndarray, intended: np.ndarray) -> None:
+        "One decision: the executed action and the intended one, both (A,)."
         _, reward, goes_on, _ = self.env.step(action)
         self.rows.append((self.env.state(), action, intended, reward, goes_on))
         self.rewarded = self.rewarded + 1 if reward > 0 else 0
 
     def columns(self) -> dict[str, np.ndarray]:
+        "The rows as arrays (T, ...) float32, by name."
         names = ("states", "actions", "intended", "rewards", "continues")
         columns = zip(*self.rows)
         return {name: np.array(column, np.float32) for name, column in zip(names, columns)}
@@ -287,6 +295,7 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
             lasting = recordings[i].rewarded >= hold and t + 1 >= shortest
             if info.settled and lasting:
                 envs[i].over = True
+
         running = np.array([i for i in running if not envs[i].over], int)
         if not len(running):
             break
@@ -310,10 +319,12 @@ def save_demonstrations(path: str | Path, task: str, episodes: list[dict], seeds
     columns["states"] = np.concatenate([episode["states"] for episode in episodes]).astype(np.float32)
     columns["task"] = np.array(task)
     columns["image"] = np.array(image)
+
     if seeds is None:
         seeds = [episode["seed"] for episode in episodes]
     columns["seeds"] = np.asarray(seeds, np.int64)
     columns["lengths"] = np.array([len(episode["rewards"]) for episode in episodes], np.int32)
     columns["quality"] = np.array([episode["quality"] for episode in episodes], "<U8")
+
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         np.savez_compressed(file, **columns)

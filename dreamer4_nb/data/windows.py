@@ -161,13 +161,20 @@ def even_chances(episode_index: np.ndarray, lengths: np.ndarray, task_ids: np.nd
 
 
 def equal_shares(chances: np.ndarray, window_tasks: np.ndarray) -> np.ndarray:
-    "The chances (W,), changed so that each task has the same share of them."
+    """The chances (W,), changed so that each task has the same share of them.
+
+    window_tasks: (W,) number of each window's task.
+    """
     total = np.bincount(window_tasks, chances)
     return chances * (total.max() / total[window_tasks])
 
 
 def weighted_chances(episode_index: np.ndarray, weights: np.ndarray, n_episodes: int) -> np.ndarray:
-    "The chances (W,) that `weights` (E,) of the episodes give. `UserError` if they are none."
+    """The chances of windows (W,) that `weights` (E,) of the episodes give.
+
+    episode_index: (W,) of each window.
+    `UserError` for another number of weights, for negative ones, and if they leave no window.
+    """
     weights = np.asarray(weights, np.float64)
     if weights.shape != (n_episodes,):
         raise UserError(f"weights have shape {weights.shape}; "
@@ -181,9 +188,13 @@ def weighted_chances(episode_index: np.ndarray, weights: np.ndarray, n_episodes:
 
 def focus_chances(chances: np.ndarray, active: np.ndarray, window_tasks: np.ndarray,
                   focus: float) -> np.ndarray:
-    """The chances (W,) with a share `focus` of each task's rows drawn among its `active` (W,) windows.
+    """The chances (W,) with a share `focus` of each task's rows drawn among its active windows.
 
     No effect on a task where no window or every one is active.
+
+    chances: (W,) without focus.
+    active: (W,) bool.
+    window_tasks: (W,) number of each window's task.
     """
     focused = chances.copy()
     for task in np.unique(window_tasks):
@@ -205,7 +216,11 @@ def _check_settings(length: int, batch: int, readers: int, focus: float, unlabel
 
 
 def solved_windows(tasks: list[str], window_tasks: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    "Whether each window's task is solved (W,) bool, by a reward (W,) of each."
+    """Whether each window's task is solved (W,) bool.
+
+    window_tasks: (W,) number of each window's task, in `tasks`.
+    rewards: (W,) one of each window.
+    """
     out = np.zeros(len(rewards), bool)
     for task in np.unique(window_tasks):
         own = window_tasks == task
@@ -231,7 +246,11 @@ def hold_observation(store: EpisodeStore, memory: int) -> tuple[np.ndarray, np.n
 
 def read_rows(arrays: StoreArrays | JoinedArrays, name: str, starts: np.ndarray, lengths: np.ndarray,
               readers: int) -> list[np.ndarray]:
-    "Stretches of a column, from the store itself, `readers` at a time."
+    """Stretches of a column, from the store itself.
+
+    starts, lengths: (n,) in rows.
+    readers: threads that read.
+    """
     with ThreadPoolExecutor(readers) as pool:
         return list(pool.map(arrays.read, [name] * len(starts), starts, starts + lengths))
 
@@ -301,6 +320,7 @@ class Windows:
         middle = self.starts + self.real[self.episode_index] // 2
         rewards = store.arrays.column("rewards")[middle]
         self.active = ~solved_windows(store.tasks, window_tasks, rewards)  # (W,)
+
         if weights is None:
             chances = even_chances(self.episode_index, lengths, store.task_ids, length)
             chances = equal_shares(chances, window_tasks)
@@ -351,13 +371,19 @@ class Windows:
         real = self.real[episodes]
         rows = np.minimum(np.arange(self.length), real[:, None] - 1)  # (b, t) of the window
         starts = self.starts[numbers]
-        if name != self.store.observation:
-            return torch.from_numpy(self.store.arrays.column(name)[starts[:, None] + rows])
-        if self.held is None:
-            windows = read_rows(self.store.arrays, name, starts, real, self.readers)
-            return torch.from_numpy(np.stack([window[own] for window, own in zip(windows, rows)]))
-        column, first_rows = self.held
-        starts = first_rows[episodes] + self.first_frame[numbers]
+        arrays = self.store.arrays
+
+        is_observation = name == self.store.observation
+        if is_observation and self.held is None:
+            windows = read_rows(arrays, name, starts, real, self.readers)
+            repeated = [window[own] for window, own in zip(windows, rows)]
+            return torch.from_numpy(np.stack(repeated))
+
+        if is_observation:
+            column, first_rows = self.held
+            starts = first_rows[episodes] + self.first_frame[numbers]
+        else:
+            column = arrays.column(name)
         return torch.from_numpy(column[starts[:, None] + rows])
 
     def _masks(self, numbers: np.ndarray, hide: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -367,12 +393,15 @@ class Windows:
         if hide is not None:
             labelled = labelled & ~hide
         labelled = torch.from_numpy(labelled)
+
         known = labelled[:, None].repeat(1, self.length)
         begins = torch.from_numpy(self.first_frame[numbers] == 0)
         known[begins, 0] = False  # nothing led to an episode's first frame
         if not self.padded:
             return known, labelled, None
-        valid = torch.arange(self.length) < torch.from_numpy(self.real[episodes])[:, None]
+
+        real = torch.from_numpy(self.real[episodes])
+        valid = torch.arange(self.length) < real[:, None]
         return known & valid, labelled, valid
 
     def at(self, numbers: int | Sequence[int] | np.ndarray, hide: np.ndarray | None = None) -> Batch:
@@ -395,10 +424,14 @@ class Windows:
             return torch.where(mask, column, value)
 
         observation = self._column(store.observation, numbers)
+        is_frames = store.observation == "frames"
         tasks = store.task_ids[self.episode_index[numbers]]
-        states = self._column("states", numbers)[..., :self.state_dim] if self.state_dim else None
-        return Batch(frames=to_float(observation) if store.observation == "frames" else None,
-                     latents=observation.float() if store.observation == "latents" else None,
+        states = None
+        if self.state_dim:
+            states = self._column("states", numbers)[..., :self.state_dim]
+
+        return Batch(frames=to_float(observation) if is_frames else None,
+                     latents=None if is_frames else observation.float(),
                      actions=self._column("actions", numbers) * known[..., None],
                      action_known=known,
                      intended=padded("intended", 0),
