@@ -13,7 +13,8 @@ from dreamer4_nb.core import UserError
 from dreamer4_nb.core import Batch, to_float
 from dreamer4_nb.data.demonstrations import _shipped, load_demonstrations
 from dreamer4_nb.data.latents import encode_latents
-from dreamer4_nb.data.windows import Mixture, Windows, concatenate, window_index
+from dreamer4_nb.data.mixtures import Mixture, concatenate
+from dreamer4_nb.data.windows import Windows, window_index
 from dreamer4_nb.data.envs import make_env
 from dreamer4_nb.data.stores import Episode, EpisodeStore
 
