@@ -60,7 +60,7 @@ def image_metrics(
         metrics["lpips"] = _mean_over_images(perceptual, recon, frames)
     return metrics
 
-# %% ../../nbs/37_metrics.ipynb #1b77b57f
+# %% ../../nbs/37_metrics.ipynb #b2adbd05
 def linear_probe(
     train_x: Tensor,
     train_y: Tensor,
@@ -150,7 +150,7 @@ def _ball_rows(images: Tensor, pixels: Tensor) -> dict[str, float]:
     "The ball's metrics under the names that they have in a report."
     return {f"ball_{name}": value for name, value in ball_metrics(images, pixels).items()}
 
-# %% ../../nbs/37_metrics.ipynb #dd0d3190
+# %% ../../nbs/37_metrics.ipynb #7fb6707a
 def tokenizer_report(
     tokenizer: Tokenizer,
     store: EpisodeStore,
@@ -284,7 +284,7 @@ def _dream(
     with autocast(device, inference_dtype(device)):
         return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
 
-
+# %% ../../nbs/37_metrics.ipynb #7aebd508
 def _shuffle_ratio(
     world: WorldModel,
     data: Batch,
@@ -334,18 +334,10 @@ def _means(per_step: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
         means[name] = {metric: float(np.nanmean(values)) for metric, values in rows.items()}
     return means
 
-# %% ../../nbs/37_metrics.ipynb #bbbe317f
+# %% ../../nbs/37_metrics.ipynb #737cae97
 @torch.no_grad()
-def rollout_report(
-    world: WorldModel,
-    store: EpisodeStore,
-    latents: EpisodeStore,
-    prefix: int = 8,
-    length: int = 32,
-    windows: int = 64,
-    seed: int = 0,
-    budget: int | None = None,
-) -> dict:
+def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore, prefix: int = 8,
+                   length: int = 32, windows: int = 64, seed: int = 0, budget: int | None = None) -> dict:
     """How far the dream agrees with what happened, where it is driven by the true actions.
 
     store, latents: held-out episodes with frames, and their latents.

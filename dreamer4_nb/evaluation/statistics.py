@@ -18,12 +18,27 @@ from ..core import UserError, check_shape, write_json
 from ..data.envs import solved
 
 # %% ../../nbs/12_statistics.ipynb #cell-7
+_COLUMNS = ("seed", "success", "final_success", "return", "first_success")
+
+
+def _read_records(path: str | Path) -> dict:
+    "What a file written by `Records.save` holds, by field. Raises `UserError` where it is not whole."
+    try:
+        saved = json.loads(Path(path).read_text())
+        fields = {name: saved[name] for name in ("policy", "task", "decisions", "info")}
+        for name in _COLUMNS:
+            fields[name] = np.array([row[name] for row in saved["episodes"]])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"no whole records at {path} ({reason}); "
+                        "make them with `dreamer4 evaluate`") from None
+    fields["returns"] = fields.pop("return")
+    return fields
+
+# %% ../../nbs/12_statistics.ipynb #3e3b5fd0
 @dataclass(frozen=True)
 class Records:
-    """What the episodes of one policy came to: one entry per episode and seed.
-
-    The frames and actions of the first `k` episodes are there where they were kept.
-    """
+    "What the episodes of one policy came to: one entry per episode and seed."
     policy: str
     task: str
     decisions: int
@@ -33,7 +48,7 @@ class Records:
     returns: np.ndarray                # (n,) sum of rewards
     first_success: np.ndarray          # (n,) decision at which it is first solved, -1 if never
     info: dict = field(default_factory=dict)
-    frames: np.ndarray | None = None   # (k, decisions + 1, h, w, c) uint8
+    frames: np.ndarray | None = None   # (k, decisions + 1, h, w, c) uint8 of the first k, if kept
     actions: np.ndarray | None = None  # (k, decisions, a)
 
     def __len__(self) -> int:
@@ -41,80 +56,42 @@ class Records:
 
     @classmethod
     def of_rewards(cls, policy: str, task: str, seeds: ArrayLike, rewards: ArrayLike, **kept) -> "Records":
-        """Records of episodes whose rewards are known.
-
-        seeds: (n,) ints.
-        rewards: (n, decisions).
-        kept: `info`, `frames` and `actions`, where there are any.
-        """
+        "Records of rewards (n, decisions); `kept`: info, frames and actions, where there are any."
         seeds = np.asarray(seeds, np.int64)
         rewards = np.asarray(rewards)
         check_shape("rewards", rewards, "n t", n=len(seeds))
         decisions = rewards.shape[1]
-        last_quarter = max(decisions // 4, 1)
-
         is_solved = solved(task, rewards)
         success = is_solved.any(1)
-        return cls(
-            policy,
-            task,
-            decisions,
-            seeds,
-            success,
-            final_success=is_solved[:, -last_quarter:].all(1),
-            returns=rewards.sum(1),
-            first_success=np.where(success, is_solved.argmax(1), -1),
-            **kept,
-        )
+        final_success = is_solved[:, -max(decisions // 4, 1):].all(1)
+        first_success = np.where(success, is_solved.argmax(1), -1)
+        returns = rewards.sum(1)
+        return cls(policy, task, decisions, seeds, success, final_success, returns, first_success, **kept)
 
     def summary(self) -> dict:
         "The number of episodes, and each rate or mean with its 95% interval over them."
-        return {
-            "policy": self.policy,
-            "n": len(self),
-            "decisions": self.decisions,
-            "success": float(self.success.mean()),
-            "success_interval": interval(self.success),
-            "final_success": float(self.final_success.mean()),
-            "final_success_interval": interval(self.final_success),
-            "return": float(self.returns.mean()),
-            "return_interval": bootstrap(self.returns),
-        }
+        row = {"policy": self.policy, "n": len(self), "decisions": self.decisions}
+        for name in ("success", "final_success"):
+            hits = getattr(self, name)
+            row[name] = float(hits.mean())
+            row[f"{name}_interval"] = interval(hits)
+        row["return"] = float(self.returns.mean())
+        row["return_interval"] = bootstrap(self.returns)
+        return row
 
     def save(self, path: str | Path) -> None:
         "Writes one JSON file with a row for every episode; frames and actions are not kept."
-        episodes = []
-        for row in range(len(self)):
-            episodes.append({
-                "seed": int(self.seed[row]),
-                "success": bool(self.success[row]),
-                "final_success": bool(self.final_success[row]),
-                "return": float(self.returns[row]),
-                "first_success": int(self.first_success[row]),
-            })
-        write_json(path, {
-            "policy": self.policy,
-            "task": self.task,
-            "decisions": self.decisions,
-            "info": self.info,
-            "summary": self.summary(),
-            "episodes": episodes,
-        })
+        returns = self.returns.astype(float)
+        columns = (self.seed, self.success, self.final_success, returns, self.first_success)
+        rows = zip(*(column.tolist() for column in columns))
+        write_json(path, {"policy": self.policy, "task": self.task, "decisions": self.decisions,
+                          "info": self.info, "summary": self.summary(),
+                          "episodes": [dict(zip(_COLUMNS, row)) for row in rows]})
 
     @classmethod
     def load(cls, path: str | Path) -> "Records":
         "The records in a file written by `save`. Raises `UserError` where it is missing or not whole."
-        names = ("seed", "success", "final_success", "return", "first_success")
-        try:
-            saved = json.loads(Path(path).read_text())
-            episodes = saved["episodes"]
-            columns = {name: np.array([row[name] for row in episodes]) for name in names}
-            columns["returns"] = columns.pop("return")
-            return cls(saved["policy"], saved["task"], saved["decisions"], info=saved["info"], **columns)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"no whole records at {path} ({reason}); "
-                            "make them with `dreamer4 evaluate`") from None
+        return cls(**_read_records(path))
 
 # %% ../../nbs/12_statistics.ipynb #cell-15
 def interval(successes: ArrayLike, level: float = 0.95) -> tuple[float, float]:
@@ -159,7 +136,10 @@ _MEASURES = ("success", "final_success", "returns")
 
 
 def _by_seed(records: Records, measure: str) -> np.ndarray:
-    "A measure of every episode, in the order of the seeds."
+    """A measure of every episode (n,), as float.
+
+    They are in the order of the seeds, so that two policies can be compared.
+    """
     values = getattr(records, measure).astype(np.float64)
     return values[np.argsort(records.seed)]
 
@@ -209,21 +189,27 @@ def runs_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]
     n = len(values)
     if n < 2:
         raise UserError(f"{n} training run; its spread is unknown: train at least two, with different seeds")
-    standard_error = values.std(ddof=1) / np.sqrt(n)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * standard_error
+    quantile = stats.t.ppf((1 + level) / 2, n - 1)
+    half = quantile * values.std(ddof=1) / np.sqrt(n)
     return float(values.mean() - half), float(values.mean() + half)
 
-# %% ../../nbs/12_statistics.ipynb #e2a282a9
+# %% ../../nbs/12_statistics.ipynb #c55ba9c9
 _GROUP = ("run", "task", "setting", "value", "decisions", "readout")
 
 
 def _rows_of(policy: str, group: dict, rows: list[dict]) -> list[dict]:
-    "The rows of a policy that have the values of `group`."
+    """The rows of a policy that belong to a group.
+
+    group: the values that they have.
+    """
     return [row for row in rows if row["policy"] == policy and group.items() <= row.items()]
 
 
 def _gain_of_group(group: dict, rows: list[dict], measure: str) -> dict | None:
-    "What PMPO adds in one group, or None where no run of phase 3 has its cloning in the rows."
+    """What PMPO adds in one group of rows.
+
+    None where no run of phase 3 has the cloning that it began with.
+    """
     cloning = _rows_of("cloning", group, rows)
     if not cloning:  # a setting of phase 3 leaves the cloning as it is
         cloning = _rows_of("cloning", group | {"setting": None, "value": None}, rows)
@@ -249,8 +235,9 @@ def pmpo_gains(rows: list[dict], measure: str = "success") -> list[dict]:
     rows: one for each policy, as `study` returns them.
     measure: success, final_success or return.
 
-    Returns for each what tells it apart, `by_agent` (the gain of each phase-2 run), `mean`, and `interval` over
-    these runs (`runs_interval`).
+    Returns for each what tells it apart, and
+    by_agent: the gain of each phase-2 run, which is the unit;
+    mean, interval: over these runs (`runs_interval`).
     """
     groups: list[dict] = []
     for row in rows:
