@@ -44,7 +44,7 @@ def print0(text: str = "") -> None:
     if os.environ.get("RANK", "0") == "0":
         print(text, flush=True)
 
-# %% ../nbs/20_core.ipynb #37cb91bd
+# %% ../nbs/20_core.ipynb #da06f0ab
 JsonDict = dict[str, Any]  # what JSON can hold
 
 # %% ../nbs/20_core.ipynb #cell-9
@@ -347,7 +347,7 @@ def current_names(settings: Any) -> Any:
         return settings
     return {FORMER_NAMES.get(key, key): current_names(value) for key, value in settings.items()}
 
-# %% ../nbs/20_core.ipynb #58784b74
+# %% ../nbs/20_core.ipynb #0aa40f08
 def _needs_value(field: "dataclasses.Field[Any]") -> bool:
     "Whether a field has no default."
     return field.default is field.default_factory is dataclasses.MISSING

@@ -34,7 +34,7 @@ def ball_kernel(radius: float = 1.5, ring: float = 3.0, size: int = 9, fine: int
     around = F.avg_pool2d(around.float()[None], fine)[0]
     return disc / disc.sum() - 0.5 * around / around.sum()
 
-# %% ../../nbs/36_ball.ipynb #b441dade
+# %% ../../nbs/36_ball.ipynb #28ab5fe0
 def _ball_scores(frames: Tensor) -> Tensor:
     """How much every pixel is the middle of a ball, (n, 64, 64).
 
@@ -68,7 +68,7 @@ def _rescaled(pixels: Tensor, image: int, to: int) -> Tensor:
         return pixels
     return (pixels + 0.5) * to / image - 0.5
 
-# %% ../../nbs/36_ball.ipynb #b3e6a5f3
+# %% ../../nbs/36_ball.ipynb #c52be924
 def ball_position(frames: Tensor) -> tuple[Tensor, Tensor]:
     """Where the ball of ball_in_cup is: pixels (n, 2), and scores (n,).
 
@@ -99,7 +99,7 @@ def ball_position(frames: Tensor) -> tuple[Tensor, Tensor]:
     position = torch.stack([x_at, y_at], 1)
     return _rescaled(position, BALL_IMAGE, image), peak
 
-# %% ../../nbs/36_ball.ipynb #6f2c5f27
+# %% ../../nbs/36_ball.ipynb #dfa7f543
 def ball_metrics(frames: Tensor, pixels: Tensor | np.ndarray, near: float = 3.0) -> dict[str, float]:
     """How well frames show the ball, over those in which it is in view.
 

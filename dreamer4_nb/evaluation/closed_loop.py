@@ -113,7 +113,7 @@ def _play(
             break
     return _Played(rewards, kept_frames, kept_actions)
 
-# %% ../../nbs/40_closed_loop.ipynb #c3b252b8
+# %% ../../nbs/40_closed_loop.ipynb #07eff327
 def _joined(batches: list[list[np.ndarray]]) -> np.ndarray:
     """The steps of all batches as one array (k, steps, ...).
 
@@ -127,7 +127,7 @@ def _joined(batches: list[list[np.ndarray]]) -> np.ndarray:
         padded.append(np.stack(steps + still, axis=1))
     return np.concatenate(padded)
 
-# %% ../../nbs/40_closed_loop.ipynb #b8bcbc77
+# %% ../../nbs/40_closed_loop.ipynb #fbdaf4e7
 def evaluate_policy(
     policy: object,
     task: str,
@@ -178,7 +178,7 @@ def evaluate_policy(
     info = {"seconds": time.perf_counter() - start}
     return Records.of_rewards(name, task, seeds, rewards, info=info, **kept)
 
-# %% ../../nbs/40_closed_loop.ipynb #b7ba4e31
+# %% ../../nbs/40_closed_loop.ipynb #201fa7f6
 def check_fresh(task: str, seeds: Iterable[int], store: EpisodeStore) -> None:
     "Raises `UserError` where some of the evaluation's seeds begin episodes of the task in a store."
     seeds = np.asarray(seeds)

@@ -46,7 +46,7 @@ def _checked_action(action: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         raise UserError(f"action {action}; expected {shape[0]} numbers in [-1, 1]: rescale or clip it")
     return action.clip(-1, 1)
 
-# %% ../../nbs/38_dream_env.ipynb #78dbda34
+# %% ../../nbs/38_dream_env.ipynb #5004ef37
 def _agent_tokens(world: WorldModel, agent: Tensor | None, are_read: bool) -> Tensor | None:
     """The agent tokens of a dream: those given, or zeros where the world has some.
 
@@ -71,8 +71,15 @@ class DreamFilm:
     agent: tokens (1, n_agent, width), where the world has some.
     """
 
-    def __init__(self, world: WorldModel, latents: Tensor, actions: Tensor, known: Tensor | None,
-                 generator: torch.Generator, agent: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        world: WorldModel,
+        latents: Tensor,
+        actions: Tensor,
+        known: Tensor | None,
+        generator: torch.Generator,
+        agent: Tensor | None = None,
+    ) -> None:
         self.world = world
         self.dream = world.start(1, generator, _agent_tokens(world, agent, are_read=False))
         world.observe(self.dream, latents, actions, known)
@@ -85,7 +92,10 @@ class DreamFilm:
         return self.dream.h
 
     def step(self, action: np.ndarray) -> np.ndarray:
-        "Dreams and draws the frame that follows `action` (a,); a world of wider actions gets zeros in the rest."
+        """Dreams and draws the frame that follows an action.
+
+        action: (a,) in [-1, 1]; a world of wider actions gets zeros in the rest.
+        """
         padded = torch.zeros(1, self.world.dynamics.config.action_dim)
         padded[0, :len(action)] = torch.as_tensor(action)
         latents = self.world.imagine(self.dream, padded.to(self.world.device))
@@ -98,17 +108,15 @@ class DreamFilm:
         frames = self.world.tokenizer.decode(latents, cache=self.cache)
         self.frame = to_uint8(frames[0, -1:].cpu())[0].copy()
 
-# %% ../../nbs/38_dream_env.ipynb #1b5be2a6
+# %% ../../nbs/38_dream_env.ipynb #411312b3
 class DreamEnv(gymnasium.Env):
     """The dream as a Gymnasium environment: pixels (h, w, 3) uint8 out, actions in [-1, 1] in.
 
-    contexts: latents of episodes, whose first `prefix` real frames of a random window begin the dream.
+    contexts: latents of episodes; `prefix` frames begin a dream, and actions are those of their tasks.
     length: steps after which an episode is truncated.
     reward: `reward(h)` gives the reward (1,) from h (1, n_agent, width); without it rewards are 0.
     continues: `continues(h)` gives the chance (1,) of going on: below a half the episode is terminated.
     agent: the agent tokens (1, n_agent, width), which both need.
-
-    Actions are those of the tasks of `contexts`.
     """
     metadata = {"render_modes": ["rgb_array"], "render_fps": 25}
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..core import Batch, RowGenerators, UserError, autocast, inference_dtype, step_generator, to_float
+from ..core import (Batch, RowGenerators, UserError, autocast, inference_dtype,
+                              step_generator, to_float)
 from ..data.envs import object_pixels, solved
 from ..data.stores import Episode, EpisodeStore
 from ..data.windows import Windows
@@ -60,7 +61,7 @@ def image_metrics(
         metrics["lpips"] = _mean_over_images(perceptual, recon, frames)
     return metrics
 
-# %% ../../nbs/37_metrics.ipynb #b2adbd05
+# %% ../../nbs/37_metrics.ipynb #54f6b730
 def linear_probe(
     train_x: Tensor,
     train_y: Tensor,
@@ -150,7 +151,7 @@ def _ball_rows(images: Tensor, pixels: Tensor) -> dict[str, float]:
     "The ball's metrics under the names that they have in a report."
     return {f"ball_{name}": value for name, value in ball_metrics(images, pixels).items()}
 
-# %% ../../nbs/37_metrics.ipynb #7fb6707a
+# %% ../../nbs/37_metrics.ipynb #9fb6cdbe
 def tokenizer_report(
     tokenizer: Tokenizer,
     store: EpisodeStore,
@@ -284,7 +285,7 @@ def _dream(
     with autocast(device, inference_dtype(device)):
         return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
 
-# %% ../../nbs/37_metrics.ipynb #7aebd508
+# %% ../../nbs/37_metrics.ipynb #b71caa92
 def _shuffle_ratio(
     world: WorldModel,
     data: Batch,
@@ -334,7 +335,7 @@ def _means(per_step: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, f
         means[name] = {metric: float(np.nanmean(values)) for metric, values in rows.items()}
     return means
 
-# %% ../../nbs/37_metrics.ipynb #737cae97
+# %% ../../nbs/37_metrics.ipynb #e9767e99
 @torch.no_grad()
 def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore, prefix: int = 8,
                    length: int = 32, windows: int = 64, seed: int = 0, budget: int | None = None) -> dict:

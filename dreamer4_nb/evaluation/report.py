@@ -149,7 +149,10 @@ def _table(rows: list[dict]) -> str:
 
 
 def _picture(path: Path) -> str:
-    "An image file as a tag that needs no other file."
+    """An image file as a tag that needs no other file.
+
+    path: of a .png, or of a .webp, which is a film of small frames and is enlarged.
+    """
     kind = path.suffix[1:]
     data = base64.b64encode(path.read_bytes()).decode()
     style = "style=image-rendering:pixelated height=256" if kind == "webp" else ""
@@ -261,7 +264,10 @@ def _dream_tables(results: dict) -> str:
 
 
 def _figures(run_dir: Path, section: str, captions: dict[str, str]) -> str:
-    "The pictures of a section with their captions."
+    """The pictures of a section with their captions, in the order of their names.
+
+    captions: by the names of the files, without their suffix.
+    """
     tags = []
     for path in sorted((run_dir / "figures").glob(f"{section}-*.*")):
         if path.suffix in (".png", ".webp"):
@@ -283,7 +289,7 @@ def _time_table(minutes: dict[str, float]) -> str:
         rows.append({"phase": name, "minutes": f"{value:.1f}"})
     return _table(rows)
 
-# %% ../../nbs/41_report.ipynb #01bcdc1b
+# %% ../../nbs/41_report.ipynb #f8585089
 def _page(results: dict, run_dir: Path) -> str:
     "The report as one HTML page."
     tables = {

@@ -35,7 +35,7 @@ def _read_records(path: str | Path) -> dict:
     fields["returns"] = fields.pop("return")
     return fields
 
-# %% ../../nbs/12_statistics.ipynb #3e3b5fd0
+# %% ../../nbs/12_statistics.ipynb #d3c86957
 @dataclass(frozen=True)
 class Records:
     "What the episodes of one policy came to: one entry per episode and seed."
@@ -193,7 +193,7 @@ def runs_interval(values: ArrayLike, level: float = 0.95) -> tuple[float, float]
     half = quantile * values.std(ddof=1) / np.sqrt(n)
     return float(values.mean() - half), float(values.mean() + half)
 
-# %% ../../nbs/12_statistics.ipynb #c55ba9c9
+# %% ../../nbs/12_statistics.ipynb #64c20e7b
 _GROUP = ("run", "task", "setting", "value", "decisions", "readout")
 
 
