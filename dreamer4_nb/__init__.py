@@ -56,8 +56,8 @@ def dream(
 ) -> "np.ndarray":
     """A film (t, h, w, 3) uint8: real frames of an episode, then dreamed ones.
 
-    world: a world model; or a policy, which dreams in its own world and draws its own actions.
-    actions: (n, a) in [-1, 1] that lead to n dreamed frames; by default those that the episode goes on with.
+    world: a world model; or a policy, for a film in its own world.
+    actions: (n, a) in [-1, 1] that lead to n dreamed frames; by default the policy's, or the demonstrator's.
     episode: where the film begins, by default with a demonstration that ships.
     context: real frames at its beginning.
     length: frames of the film, where no actions are given.
@@ -71,20 +71,20 @@ def dream(
     from .method.agent import Policy
 
     policy = world if isinstance(world, Policy) else None
-    world = policy.world if policy else world
+    model = world.world if isinstance(world, Policy) else world
     if episode is None:
         task = policy.heads.config.tasks[policy.task] if policy else "ball_in_cup-catch"
-        image = world.tokenizer.config.image
+        image = model.tokenizer.config.image
         episode = load_demonstrations(task, episodes=1, image=image, progress=False).episode(0)
 
-    latents = world.encode(torch.as_tensor(episode.frames[None, :context]))
-    led_to = torch.zeros(1, context, world.dynamics.config.action_dim, device=world.device)
+    latents = model.encode(torch.as_tensor(episode.frames[None, :context]))
+    led_to = torch.zeros(1, context, model.dynamics.config.action_dim, device=model.device)
     led_to[0, :, :episode.actions.shape[1]] = torch.as_tensor(episode.actions[:context])
     generator = step_generator(seed)
     tokens = _task_tokens(policy) if policy else None
-    film = DreamFilm(world, latents, led_to, None, generator, tokens)
+    film = DreamFilm(model, latents, led_to, None, generator, tokens)
     frames = list(episode.frames[:context])
-    if policy:
+    if policy and actions is None:
         for _ in range(length - context):
             frames.append(film.step(_draw_action(policy, film.h, generator)))
     else:
@@ -96,7 +96,8 @@ def dream(
 def _task_tokens(policy: "Policy") -> "Tensor":
     "The agent tokens (1, n_agent, width) of a policy's task."
     import torch
-    return policy.heads.tokens(torch.tensor([policy.task], device=policy.world.device)).detach()
+    heads = policy.heads.to(policy.world.device)
+    return heads.tokens(torch.tensor([policy.task], device=policy.world.device)).detach()
 
 
 def _draw_action(policy: "Policy", h: "Tensor", generator: "Generator") -> "np.ndarray":

@@ -43,6 +43,8 @@ def test_a_policy_dreams_in_its_own_world(policy, episode):
     films = [dreamer4_nb.dream(policy, length=16, seed=seed) for seed in (0, 0, 1)]
     assert films[0].shape == (16, 64, 64, 3) and np.array_equal(films[0][:8], episode.frames[:8])
     assert np.array_equal(films[0], films[1]) and not np.array_equal(films[0][8:], films[2][8:])
+    pushed = dreamer4_nb.dream(policy, np.tile([1.0, 0.0], (8, 1)))
+    assert pushed.shape == films[0].shape and not np.array_equal(pushed[8:], films[0][8:])
 
 
 def test_a_policy_is_judged_in_the_real_environment(policy):
