@@ -46,8 +46,9 @@ def use_style() -> None:
 # %% ../../nbs/39_pictures.ipynb #cell-81
 def _write_animation(target: Path | BinaryIO, frames: np.ndarray, fps: int, **options) -> None:
     "Frames (t, h, w, 3) uint8 as one animated image that repeats; `options` are those of its format."
-    first, *rest = [Image.fromarray(frame) for frame in frames]
-    first.save(target, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, **options)
+    images = [Image.fromarray(frame) for frame in frames]
+    milliseconds = round(1000 / fps)
+    images[0].save(target, save_all=True, append_images=images[1:], duration=milliseconds, loop=0, **options)
 
 
 def save_video(path: str | Path, frames: Tensor | np.ndarray, fps: int = 25, scale: int = 1) -> None:
