@@ -25,7 +25,7 @@ setup(
     classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",
                  "Topic :: Scientific/Engineering :: Artificial Intelligence"],
     packages=find_packages(include=[lib_name, f"{lib_name}.*"]),
-    package_data={lib_name: ["assets/*"]},
+    package_data={lib_name: ["py.typed", "assets/*"]},
     python_requires=f">={python}",
     install_requires=shlex.split(get("requirements")),
     extras_require={"dev": shlex.split(get("dev_requirements"))},

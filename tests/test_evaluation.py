@@ -7,17 +7,17 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dreamer4_nb.evaluation import closed_loop as evaluation
-from dreamer4_nb.runs.cli import Evaluate
 from dreamer4_nb.core import UserError, asset
 from dreamer4_nb.data.demonstrations import load_demonstrations
 from dreamer4_nb.data.envs import TASKS, TaskInfo
-from dreamer4_nb.runs.presets import TINY
-from dreamer4_nb.runs.study import study
+from dreamer4_nb.evaluation import closed_loop as evaluation
 from dreamer4_nb.evaluation.closed_loop import (check_fresh, closed_loop_rows, closed_loop_table,
                                                 evaluate_policy, text_table)
 from dreamer4_nb.evaluation.report import report
-from dreamer4_nb.evaluation.statistics import Records, bootstrap, compare, interval, runs_interval
+from dreamer4_nb.evaluation.statistics import Records, bootstrap, compare, interval, pmpo_gains, runs_interval
+from dreamer4_nb.runs.cli import Evaluate
+from dreamer4_nb.runs.presets import TINY
+from dreamer4_nb.runs.study import study
 
 
 def records(name, hits, seeds=None):
@@ -27,15 +27,15 @@ def records(name, hits, seeds=None):
     return Records.of_rewards(name, "ball_in_cup-catch", range(len(hits)) if seeds is None else seeds, rewards)
 
 
-def test_any_held_first():
+def test_success_final_and_first():
     rewards = np.zeros((4, 8))
     rewards[1, 2] = 1          # once, then lost
     rewards[2, 5:] = 2         # from decision 5 to the end
     rewards[3, 7] = 1          # only at the very end: the last quarter is two decisions
     r = Records.of_rewards("p", "ball_in_cup-catch", range(4), rewards)
-    assert r.any.tolist() == [False, True, True, True]
-    assert r.held.tolist() == [False, False, True, False]
-    assert r.first.tolist() == [-1, 2, 5, 7]
+    assert r.success.tolist() == [False, True, True, True]
+    assert r.final_success.tolist() == [False, False, True, False]
+    assert r.first_success.tolist() == [-1, 2, 5, 7]
     assert r.returns.tolist() == [0, 1, 6, 1]
 
 
@@ -81,7 +81,7 @@ def test_paired_interval_is_narrower_than_an_unpaired_one():
     a, b = records("a", hard < 0.6), records("b", hard < 0.5)
     low, high = compare(a, b)["interval"]
     unpaired = 1.96 * math.sqrt(0.6 * 0.4 / 200 + 0.5 * 0.5 / 200)
-    assert 0 < low < a.any.mean() - b.any.mean() < high and high - low < unpaired
+    assert 0 < low < a.success.mean() - b.success.mean() < high and high - low < unpaired
 
 
 def test_bootstrap_agrees_with_the_normal_interval():
@@ -103,11 +103,27 @@ def test_records_survive_the_disk(tmp_path):
     r = records("policy, mean", [1, 0, 1])
     r.save(tmp_path / "r.json")
     again = Records.load(tmp_path / "r.json")
-    assert again.summary() == r.summary() and (again.seed == r.seed).all() and (again.first == r.first).all()
+    assert again.summary() == r.summary() and (again.seed == r.seed).all() and (again.first_success == r.first_success).all()
     (tmp_path / "cut.json").write_text((tmp_path / "r.json").read_text()[:-40])
     for name in ("cut.json", "none.json"):
         with pytest.raises(UserError, match="no whole records"):
             Records.load(tmp_path / name)
+
+
+def test_gains_are_paired_by_the_run_of_phase_2():
+    def row(policy, seed, success, **more):
+        like = {"run": "r", "task": "t", "setting": None, "value": None, "decisions": 125, "readout": "sample"}
+        return like | {"policy": policy, "agent_seed": seed, "success": success} | more
+
+    plain, strict = pmpo_gains([
+        row("cloning", 0, 0.5), row("cloning", 1, 0.4), row("cloning", 2, 0.9),            # the third has no phase 3
+        row("PMPO", 0, 0.6), row("PMPO", 0, 0.7), row("PMPO", 1, 0.4), row("PMPO", 3, 0.0),
+        row("PMPO", 1, 0.1, setting="imagination.beta", value=0),                          # on the same cloning
+        row("PMPO", 0, 0.9, readout="mean")])                                              # without a cloning
+    assert plain["by_agent"] == pytest.approx([0.15, 0.0]) and plain["mean"] == pytest.approx(0.075)
+    assert plain["interval"] == pytest.approx(runs_interval([0.15, 0.0]))
+    assert strict["setting"] == "imagination.beta" and strict["by_agent"] == pytest.approx([-0.3])
+    assert strict["interval"] is None
 
 
 class Corridor:
@@ -139,7 +155,7 @@ def corridor(monkeypatch):
 
 def test_nothing_counts_after_the_end(corridor):
     r = evaluate_policy(lambda frames: np.ones((len(frames), 1)), "corridor", [0, 2], decisions=10)
-    assert r.returns.tolist() == [1, 3] and r.first.tolist() == [3, 3]
+    assert r.returns.tolist() == [1, 3] and r.first_success.tolist() == [3, 3]
 
 
 def test_kept_frames_and_actions_line_up(corridor):
@@ -170,7 +186,7 @@ def test_episodes_in_chunks_are_the_same_episodes(corridor):
     seeds = [5, 1, 2, 0, 7, 3, 4]
     a, b = (evaluate_policy(policy, "corridor", seeds, decisions=9, keep=4) for policy in (few, all_at_once))
     assert few.begun == [(2, 0), (2, 2), (3, 4)] and all_at_once.begun == [(7, 0)]
-    assert a.seed.tolist() == seeds and np.array_equal(a.returns, b.returns) and np.array_equal(a.first, b.first)
+    assert a.seed.tolist() == seeds and np.array_equal(a.returns, b.returns) and np.array_equal(a.first_success, b.first_success)
     assert np.array_equal(a.actions, b.actions) and a.frames.shape == b.frames.shape == (4, 10, 4, 4, 3)
     assert np.array_equal(a.frames[:, :7], b.frames[:, :7])           # until the first chunk is over
 
@@ -192,7 +208,7 @@ def test_seeds_of_the_data_are_not_fresh():
 def test_a_dense_reward_counts_from_half_of_the_most():
     rewards = np.array([[0.2, 0.9, 0.9, 0.9], [0.2, 1.1, 0.9, 1.1]])      # two control steps, each 1 at most
     r = Records.of_rewards("p", "cartpole-swingup", [0, 1], rewards)
-    assert r.any.tolist() == [False, True] and r.held.tolist() == [False, True] and r.first.tolist() == [-1, 1]
+    assert r.success.tolist() == [False, True] and r.final_success.tolist() == [False, True] and r.first_success.tolist() == [-1, 1]
 
 
 @pytest.mark.parametrize("bad", [np.full((2, 1), np.nan), np.ones((3, 1)), np.ones(2)])

@@ -7,13 +7,13 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import RowGenerators, UserError
 from dreamer4_nb.data.stores import Episode, EpisodeStore
-from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.method.forcing import Schedule, sample_sequence
 from dreamer4_nb.evaluation.dream_env import DreamEnv
 from dreamer4_nb.evaluation.metrics import pick_windows, rollout_report
+from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.forcing import Schedule, sample_sequence
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.phases import encode_store

@@ -8,6 +8,7 @@ __all__ = ['BALL_SCORE', 'BALL_IMAGE', 'ball_kernel', 'ball_position', 'ball_met
 # %% ../../nbs/36_ball.ipynb #7abc45e9
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,69 +16,118 @@ from torch import Tensor
 from ..core import check_shape
 
 # %% ../../nbs/36_ball.ipynb #cell-65
-BALL_SCORE = 0.53  # between the best score of frames without a ball (0.50) and the worst of frames with one (0.57)
+BALL_SCORE = 0.53  # frames without a ball score 0.50 at best, frames with one 0.57 at worst
 BALL_IMAGE = 64    # pixels: the image size that `ball_kernel` is made for
 
 
-def ball_kernel(radius: float = 1.5, ring: float = 3.0, size: int = 9, fine: int = 8):
-    "Matched filter (size, size): mean over a disc minus half the mean over the ring around it, from a `fine` times finer grid."
+def ball_kernel(radius: float = 1.5, ring: float = 3.0, size: int = 9, fine: int = 8) -> Tensor:
+    """Matched filter (size, size): the mean over a disc minus half the mean over the ring around it.
+
+    radius, ring: of the disc and of the ring around it, in pixels.
+    fine: how many times finer the grid is on which both are drawn.
+    """
     at = (torch.arange(size * fine) + 0.5) / fine - size / 2
     distance = (at[:, None] ** 2 + at ** 2).sqrt()
-    inside, around = (F.avg_pool2d(m.float()[None], fine)[0] for m in (distance < radius, (distance >= radius) & (distance < ring)))
-    return inside / inside.sum() - 0.5 * around / around.sum()
+    disc = distance < radius
+    around = (distance >= radius) & (distance < ring)
+    disc = F.avg_pool2d(disc.float()[None], fine)[0]
+    around = F.avg_pool2d(around.float()[None], fine)[0]
+    return disc / disc.sum() - 0.5 * around / around.sum()
+
+# %% ../../nbs/36_ball.ipynb #28ab5fe0
+def _ball_scores(frames: Tensor) -> Tensor:
+    """How much every pixel is the middle of a ball, (n, 64, 64).
+
+    frames: (n, 3, 64, 64) in [0, 1].
+    """
+    red, green, blue = frames.unbind(1)
+    orange = (torch.minimum(red, green) - blue).clamp(0, 0.3) / 0.3  # 0.3 is the ball's own
+    kernel = ball_kernel()
+    margin = kernel.shape[0] // 2
+    padded = F.pad(orange[:, None], (margin,) * 4, mode="replicate")
+    return F.conv2d(padded, kernel[None, None])[:, 0]
+
+
+def _vertex(before: Tensor, peak: Tensor, after: Tensor) -> Tensor:
+    """Where the parabola through a peak and its two neighbors is highest, in pixels from the peak.
+
+    That is at most half a pixel.
+    """
+    bend = before - 2 * peak + after
+    offset = (before - after) / (2 * bend.clamp(max=-1e-6))
+    flat = bend >= -1e-6
+    return offset.masked_fill(flat, 0.0).clamp(-0.5, 0.5)
 
 
 def _rescaled(pixels: Tensor, image: int, to: int) -> Tensor:
-    "Positions in an image of `image` pixels as positions in one of `to`; 0 is the middle of the first pixel."
-    return pixels if image == to else (pixels + 0.5) * to / image - 0.5
+    """Positions in an image of `image` pixels as positions in one of `to`.
 
+    Position 0 is the middle of the first pixel.
+    """
+    if image == to:
+        return pixels
+    return (pixels + 0.5) * to / image - 0.5
 
-def ball_position(frames):
-    """Where the ball of ball_in_cup is in square frames (n, 3, h, w) in [0, 1]: pixels (n, 2), scores (n,).
+# %% ../../nbs/36_ball.ipynb #c52be924
+def ball_position(frames: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the ball of ball_in_cup is: pixels (n, 2), and scores (n,).
 
-    Frames of another size are looked at as 64 x 64 pixels; below 48 there is too little of a ball to find.
-    Orange is min(red, green) − blue (0.3 = the ball's own); the position is the peak of `ball_kernel` over it, to a
-    fraction of a pixel by a parabola. The ball is there when the score reaches `BALL_SCORE`.
+    frames: square, (n, 3, h, w) in [0, 1]. Those of another size are looked at as 64 x 64 pixels; below 48
+    there is too little of a ball to find.
+
+    The position is the peak of `ball_kernel` over the image's orange, to a fraction of a pixel by a parabola.
+    The ball is there when the score reaches `BALL_SCORE`.
     """
     image = frames.shape[-1]
     check_shape("frames", frames, "n c h w", c=3, h=image)
     x = frames.float().cpu()
-    if image != BALL_IMAGE:         # bicubic keeps the ball's contrast, which the score is made of
+    if image != BALL_IMAGE:  # bicubic keeps the ball's contrast, which the score is made of
         x = F.interpolate(x, (BALL_IMAGE, BALL_IMAGE), mode="bicubic", antialias=True).clamp(0, 1)
-    orange = (torch.minimum(x[:, 0], x[:, 1]) - x[:, 2]).clamp(0, 0.3) / 0.3
-    kernel = ball_kernel()
-    margin = kernel.shape[0] // 2
-    score = F.conv2d(F.pad(orange[:, None], (margin,) * 4, mode="replicate"), kernel[None, None])[:, 0]
-    peak, at = score.flatten(1).max(1)
-    y, x_at, n = at // score.shape[2], at % score.shape[2], torch.arange(len(score))
-    padded = F.pad(score[:, None], (1,) * 4, mode="replicate")[:, 0]
 
-    def offset(before, after):
-        "Vertex of the parabola through the peak and its two neighbours, at most half a pixel away."
-        bend = before - 2 * peak + after
-        return torch.where(bend < -1e-6, (before - after) / (2 * bend.clamp(max=-1e-6)), torch.zeros_like(peak)).clamp(-0.5, 0.5)
+    scores = _ball_scores(x)
+    peak, at = scores.flatten(1).max(1)
+    row = at // BALL_IMAGE
+    column = at % BALL_IMAGE
+    n = torch.arange(len(scores))
+    padded = F.pad(scores[:, None], (1,) * 4, mode="replicate")[:, 0]  # so that every pixel has neighbors
+    left = padded[n, row + 1, column]
+    right = padded[n, row + 1, column + 2]
+    above = padded[n, row, column + 1]
+    below = padded[n, row + 2, column + 1]
+    x_at = column + _vertex(left, peak, right)
+    y_at = row + _vertex(above, peak, below)
+    position = torch.stack([x_at, y_at], 1)
+    return _rescaled(position, BALL_IMAGE, image), peak
 
-    dx = offset(padded[n, y + 1, x_at], padded[n, y + 1, x_at + 2])
-    dy = offset(padded[n, y, x_at + 1], padded[n, y + 2, x_at + 1])
-    return _rescaled(torch.stack([x_at + dx, y + dy], 1), BALL_IMAGE, image), peak
+# %% ../../nbs/36_ball.ipynb #dfa7f543
+def ball_metrics(frames: Tensor, pixels: Tensor | np.ndarray, near: float = 3.0) -> dict[str, float]:
+    """How well frames show the ball, over those in which it is in view.
 
+    frames: square, (n, 3, h, w) in [0, 1].
+    pixels: where it truly is (n, 2), in pixels of these frames.
+    near: px within which it counts as found.
 
-def ball_metrics(frames, pixels, near: float = 3.0) -> dict[str, float]:
-    """How well square frames (n, 3, h, w) show the ball, over those in which it is in view.
-
-    pixels: where it truly is (n, 2), in pixels of these frames. visible: share with a score of at least
-    `BALL_SCORE` within `near` px of the truth. error_median, error_mean: px from the truth to the best place
-    in the whole image, ball or not. These px are those of a 64 x 64 image, whatever the size of the frames,
-    so that figures of different sizes compare.
+    Returns
+    visible: share with a score of at least `BALL_SCORE` within `near` px of the truth;
+    error_median, error_mean: px from the truth to the best place in the whole image, ball or not;
+    n: frames in which the ball is in view.
+    These px are those of a 64 x 64 image, whatever the size of the frames.
     """
+    image = frames.shape[-1]
     pixels = torch.as_tensor(pixels, dtype=torch.float32)
     check_shape("pixels", pixels, "n k", n=len(frames), k=2)
     found, score = ball_position(frames)
-    found, pixels = (_rescaled(x, frames.shape[-1], BALL_IMAGE) for x in (found, pixels))
-    inside = ((pixels >= 1) & (pixels <= BALL_IMAGE - 2)).all(1)
-    error = (found - pixels).norm(dim=1)[inside]
-    visible = (error < near) & (score[inside] >= BALL_SCORE)
-    if not len(error):
+    found = _rescaled(found, image, BALL_IMAGE)
+    truth = _rescaled(pixels, image, BALL_IMAGE)
+
+    in_view = ((truth >= 1) & (truth <= BALL_IMAGE - 2)).all(1)
+    error = (found - truth).norm(dim=1)[in_view]
+    if len(error) == 0:
         return {"visible": math.nan, "error_median": math.nan, "error_mean": math.nan, "n": 0}
-    return {"visible": visible.float().mean().item(), "error_median": error.median().item(),
-            "error_mean": error.mean().item(), "n": len(error)}
+    visible = (error < near) & (score[in_view] >= BALL_SCORE)
+    return {
+        "visible": visible.float().mean().item(),
+        "error_median": error.median().item(),
+        "error_mean": error.mean().item(),
+        "n": len(error),
+    }

@@ -8,6 +8,8 @@ __all__ = ['RandomPolicy', 'PlannerPolicy', 'evaluate_policy', 'check_fresh', 'c
 
 # %% ../../nbs/40_closed_loop.ipynb #3249bbbc
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 from tqdm import tqdm
@@ -15,45 +17,92 @@ from tqdm import tqdm
 from ..core import UserError, row_chunks
 from ..data.envs import VectorEnv
 from ..data.planner import Planner
-from ..data.stores import seeds_of
+from ..data.stores import EpisodeStore, seeds_of
 from .statistics import Records, compare
 
 # %% ../../nbs/40_closed_loop.ipynb #cell-42
 class RandomPolicy:
     "Uniform actions in [−1, 1]."
-    name, sees = "random", "nothing"
+    name = "random"
+    sees = "nothing"
 
-    def __init__(self, action_dim: int, seed: int = 0): self.action_dim, self.seed = action_dim, seed
+    def __init__(self, action_dim: int, seed: int = 0) -> None:
+        self.action_dim = action_dim
+        self.seed = seed
 
-    def reset(self, n: int): self.n, self.rng = n, np.random.default_rng(self.seed)
+    def reset(self, n: int) -> None:
+        "Begins `n` episodes."
+        self.n = n
+        self.rng = np.random.default_rng(self.seed)
 
-    def act(self, frames): return self.rng.uniform(-1, 1, (self.n, self.action_dim)).astype(np.float32)
+    def act(self, frames: np.ndarray) -> np.ndarray:
+        "Actions (n, a); the frames are not looked at."
+        actions = self.rng.uniform(-1, 1, (self.n, self.action_dim))
+        return actions.astype(np.float32)
 
 # %% ../../nbs/40_closed_loop.ipynb #cell-43
 class PlannerPolicy:
-    "The demonstrator of notebook 26, which reads the simulator's state in place of the frames; `knobs` go to `Planner`."
-    name, sees = "planner", "states"
+    "The demonstrator of notebook 26, which reads the simulator's state instead of the frames."
+    name = "planner"
+    sees = "states"
 
-    def __init__(self, task: str, **knobs): self.task, self.knobs = task, knobs
+    def __init__(self, task: str, **options) -> None:
+        "options: of `Planner`."
+        self.task = task
+        self.options = options
 
-    def reset(self, n: int): self.planner = Planner(self.task, **self.knobs)
+    def reset(self, n: int) -> None:
+        "Begins `n` episodes."
+        self.planner = Planner(self.task, **self.options)
 
-    def act(self, states): return self.planner.plan(states)
+    def act(self, states: np.ndarray) -> np.ndarray:
+        "Actions (n, a) for simulator states (n, s)."
+        return self.planner.plan(states)
 
 # %% ../../nbs/40_closed_loop.ipynb #cell-45
-def _play(policy, env: VectorEnv, rows: range, decisions: int, keep: int, name: str, bar) -> tuple[np.ndarray, list, list]:
-    "One episode of every environment, those numbered `rows`: rewards (n, decisions), and the frames and actions of the first `keep`."
-    act, sees, n = getattr(policy, "act", policy), getattr(policy, "sees", "frames"), len(rows)
-    rewards, alive = np.zeros((n, decisions)), np.ones(n, bool)
+@dataclass
+class _Played:
+    "What a batch of `n` episodes came to; of the first `k` what they showed and did, step by step."
+    rewards: np.ndarray        # (n, decisions)
+    frames: list[np.ndarray]   # each (k, h, w, c)
+    actions: list[np.ndarray]  # each (k, a)
+
+
+def _checked(actions: object, n: int, name: str) -> np.ndarray:
+    "Actions (n, a) as float32. Raises `UserError` for another shape and where they are not finite."
+    actions = np.asarray(actions, np.float32)
+    finite = np.isfinite(actions).all()
+    if actions.ndim != 2 or len(actions) != n or not finite:
+        raise UserError(f"policy {name} gave actions of shape {actions.shape}, finite: {finite}; "
+                        f"expected ({n}, a), all finite")
+    return actions
+
+
+def _play(
+    policy: object,
+    env: VectorEnv,
+    rows: range,
+    decisions: int,
+    keep: int,
+    name: str,
+    bar: tqdm,
+) -> _Played:
+    "One episode of every environment, those numbered `rows`; the first `keep` keep frames and actions."
+    n = len(rows)
+    act = getattr(policy, "act", policy)
+    sees_states = getattr(policy, "sees", "frames") == "states"
+    rewards = np.zeros((n, decisions))
+    alive = np.ones(n, bool)
     frames = env.reset()
     if hasattr(policy, "reset"):
-        policy.reset(n, rows.start) if rows.start else policy.reset(n)
-    kept_frames, kept_actions = [frames[:keep]], []
+        first = (rows.start,) if rows.start else ()  # a policy without `rows()` may not know it
+        policy.reset(n, *first)
+
+    kept_frames = [frames[:keep]]
+    kept_actions = []
     for t in range(decisions):
-        actions = np.asarray(act(env.states() if sees == "states" else frames), np.float32)
-        if actions.ndim != 2 or len(actions) != n or not np.isfinite(actions).all():
-            raise UserError(f"policy {name} gave actions of shape {actions.shape}, finite: {np.isfinite(actions).all()}; "
-                            f"expected ({n}, a), all finite")
+        seen = env.states() if sees_states else frames
+        actions = _checked(act(seen), n, name)
         frames, reward, _, last = env.step(actions.clip(-1, 1))
         rewards[:, t] = reward * alive
         alive &= ~np.asarray(last, bool)
@@ -62,72 +111,146 @@ def _play(policy, env: VectorEnv, rows: range, decisions: int, keep: int, name: 
         bar.update(n)
         if not alive.any():
             break
-    return rewards, kept_frames, kept_actions
+    return _Played(rewards, kept_frames, kept_actions)
 
+# %% ../../nbs/40_closed_loop.ipynb #07eff327
+def _joined(batches: list[list[np.ndarray]]) -> np.ndarray:
+    """The steps of all batches as one array (k, steps, ...).
 
-def evaluate_policy(policy, task: str, seeds, decisions: int = 125, workers: int = 2, keep: int = 0, name: str | None = None,
-                    image: int = 64, progress: bool = False) -> Records:
+    batches: the steps of each, (k, ...). One whose episodes are over stays as it is at the end.
+    """
+    batches = [steps for steps in batches if len(steps[0])]
+    longest = max(len(steps) for steps in batches)
+    padded = []
+    for steps in batches:
+        still = [steps[-1]] * (longest - len(steps))
+        padded.append(np.stack(steps + still, axis=1))
+    return np.concatenate(padded)
+
+# %% ../../nbs/40_closed_loop.ipynb #fbdaf4e7
+def evaluate_policy(
+    policy: object,
+    task: str,
+    seeds: Iterable[int],
+    decisions: int = 125,
+    workers: int = 2,
+    keep: int = 0,
+    name: str | None = None,
+    image: int = 64,
+    progress: bool = False,
+) -> Records:
     """Runs one episode per seed in the real environment and records what each came to.
 
-    `policy` has `reset(n)` and `act(frames (n, h, w, c) uint8) -> (n, a)`, or is such a function of frames alone;
-    one whose `sees` is "states" gets simulator states, and with "nothing" no frame is drawn. All seeds run as one batch, unless
-    the policy has `rows()`, which says how many it can hold at a time; it then gets `reset(n, first)`, so that the episode of a
-    seed does not depend on the batch. `keep`: the first so many episodes keep frames and actions.
-    Raises UserError when an action is not finite or has the wrong shape.
+    policy: has `reset(n)` and `act(frames (n, h, w, c) uint8) -> (n, a)`, or is such a function of frames.
+    One whose `sees` is "states" gets simulator states; with "nothing" no frame is drawn.
+    decisions: length of an episode.
+    keep: the first so many episodes keep frames and actions.
+    name: of the policy in the records.
+    image: height and width of the frames.
+
+    All seeds run as one batch, unless the policy has `rows()`, which says how many it can hold at a time; it
+    then gets `reset(n, first)`, so that the episode of a seed does not depend on the batch.
+    Raises `UserError` when an action is not finite or has the wrong shape.
     """
-    seeds = [int(s) for s in seeds]
+    seeds = [int(seed) for seed in seeds]
     if not seeds or decisions < 1:
         raise UserError(f"{len(seeds)} seeds, {decisions} decisions; expected at least one of each")
     name = name or getattr(policy, "name", getattr(policy, "__name__", type(policy).__name__))
-    sees, fitting = getattr(policy, "sees", "frames"), policy.rows() if hasattr(policy, "rows") else len(seeds)
-    began, rewards, kept = time.perf_counter(), [], []
-    with tqdm(total=len(seeds) * decisions, desc=f"{name} on {len(seeds)} seeds", unit="decision", disable=not progress, leave=False) as bar:
-        for rows in row_chunks(len(seeds), 1, fitting):
-            with VectorEnv(task, seeds[rows.start:rows.stop], workers=workers, image=image if keep or sees == "frames" else None) as env:
-                played, *shown = _play(policy, env, rows, decisions, min(max(keep - rows.start, 0), len(rows)), name, bar)
-            rewards.append(played)
-            kept.append(shown)
-    of_kept = {}
-    if keep:        # a chunk whose episodes are all over stays as it is
-        played = lambda k: [steps[k] for steps in kept if len(steps[k][0])]
-        longest = lambda k: max(map(len, played(k)))
-        of_kept = {name: np.concatenate([np.stack(steps + [steps[-1]] * (longest(k) - len(steps)), 1) for steps in played(k)])
-                   for k, name in enumerate(("frames", "actions"))}
-    return Records.of_rewards(name, task, seeds, np.concatenate(rewards), info={"seconds": time.perf_counter() - began}, **of_kept)
+    is_drawn = keep > 0 or getattr(policy, "sees", "frames") == "frames"
+    at_once = policy.rows() if hasattr(policy, "rows") else len(seeds)
 
+    start = time.perf_counter()
+    batches = []
+    total = len(seeds) * decisions
+    title = f"{name} on {len(seeds)} seeds"
+    with tqdm(total=total, desc=title, unit="decision", disable=not progress, leave=False) as bar:
+        for rows in row_chunks(len(seeds), 1, at_once):
+            n_kept = min(max(keep - rows.start, 0), len(rows))
+            with VectorEnv(task, seeds[rows.start:rows.stop], workers=workers,
+                           image=image if is_drawn else None) as env:
+                batches.append(_play(policy, env, rows, decisions, n_kept, name, bar))
 
-def check_fresh(task: str, seeds, store) -> None:
-    "`UserError` where some of the evaluation's seeds are those with which episodes of the task begin in a store."
+    kept = {}
+    if keep:
+        kept["frames"] = _joined([batch.frames for batch in batches])
+        kept["actions"] = _joined([batch.actions for batch in batches])
+    rewards = np.concatenate([batch.rewards for batch in batches])
+    info = {"seconds": time.perf_counter() - start}
+    return Records.of_rewards(name, task, seeds, rewards, info=info, **kept)
+
+# %% ../../nbs/40_closed_loop.ipynb #201fa7f6
+def check_fresh(task: str, seeds: Iterable[int], store: EpisodeStore) -> None:
+    "Raises `UserError` where some of the evaluation's seeds begin episodes of the task in a store."
+    seeds = np.asarray(seeds)
     known = seeds_of(store, task)
-    if len(shared := np.intersect1d(known, np.asarray(seeds))):
-        raise UserError(f"{len(shared)} of {len(seeds)} seeds of the evaluation, {shared[0]} among them, begin episodes of the data "
-                        f"({store.path}): they are not fresh; choose --first-seed {known[-1] + 1}")
+    shared = np.intersect1d(known, seeds)
+    if len(shared):
+        raise UserError(f"{len(shared)} of {len(seeds)} seeds of the evaluation, {shared[0]} among them, "
+                        f"begin episodes of the data ({store.path}): they are not fresh; "
+                        f"choose --first-seed {known[-1] + 1}")
 
 # %% ../../nbs/40_closed_loop.ipynb #cell-54
-def closed_loop_rows(records: list[Records], baseline: str = "random", measure: str = "any") -> list[dict]:
-    "One row a policy for the table: its summary, and its paired comparison with the policy called `baseline`."
-    base = next((r for r in records if r.policy == baseline), None)
+def closed_loop_rows(
+    records: list[Records],
+    baseline: str = "random",
+    measure: str = "success",
+) -> list[dict]:
+    """One row a policy: its summary, and how it compares with a baseline on the same seeds.
+
+    baseline: name of the policy that the others are compared with.
+    measure: of the comparison: success, final_success or returns.
+    """
+    base = next((record for record in records if record.policy == baseline), None)
     rows = []
-    for r in records:
-        row = r.summary() | {"seconds": r.info.get("seconds")}
-        paired = base is not None and r is not base and sorted(r.seed) == sorted(base.seed)
-        rows.append(row | ({"against": baseline, **{k: compare(r, base, measure)[k] for k in ("difference", "interval", "wins", "losses", "p")}} if paired else {}))
+    for record in records:
+        row = record.summary()
+        row["seconds"] = record.info.get("seconds")
+        is_other = base is not None and record is not base
+        if is_other and sorted(record.seed) == sorted(base.seed):
+            verdict = compare(record, base, measure)
+            row["against"] = baseline
+            for key in ("difference", "interval", "wins", "losses", "p"):
+                row[key] = verdict[key]
+        rows.append(row)
     return rows
 
 # %% ../../nbs/40_closed_loop.ipynb #cell-55
-def closed_loop_table(rows: list[dict]) -> list[dict]:
+def _span(interval: tuple[float, float], form: str) -> str:
+    low, high = interval
+    return f"[{low:{form}}, {high:{form}}]"
+
+
+def _table_row(row: dict) -> dict[str, str]:
+    "A row of `closed_loop_rows` as text."
+    compared = "p" in row
+    difference = ""
+    if compared:
+        difference = f"{row['difference']:+.2f} {_span(row['interval'], '+.2f')}"
+    baseline = row.get("against", "random")
+    return {
+        "policy": row["policy"],
+        "episodes": str(row["n"]),
+        "success": f"{row['success']:.2f} {_span(row['success_interval'], '.2f')}",
+        "final success": f"{row['final_success']:.2f} {_span(row['final_success_interval'], '.2f')}",
+        "return": f"{row['return']:.1f} {_span(row['return_interval'], '.1f')}",
+        f"success, minus {baseline}": difference,
+        "wins : losses": f"{row['wins']} : {row['losses']}" if compared else "",
+        "p": f"{row['p']:.2g}" if compared else "",
+    }
+
+
+def closed_loop_table(rows: list[dict]) -> list[dict[str, str]]:
     "The rows of `closed_loop_rows` as text: rates with intervals, difference with interval, p."
-    span = lambda low, high, form: f"[{low:{form}}, {high:{form}}]"
-    return [{"policy": r["policy"], "episodes": str(r["n"]),
-             "any": f"{r['any']:.2f} {span(*r['any_interval'], '.2f')}", "held": f"{r['held']:.2f} {span(*r['held_interval'], '.2f')}",
-             "return": f"{r['return']:.1f} {span(*r['return_interval'], '.1f')}",
-             "any, minus " + r.get("against", "random"): f"{r['difference']:+.2f} {span(*r['interval'], '+.2f')}" if "p" in r else "",
-             "wins : losses": f"{r['wins']} : {r['losses']}" if "p" in r else "", "p": f"{r['p']:.2g}" if "p" in r else ""} for r in rows]
+    return [_table_row(row) for row in rows]
 
 
-def text_table(rows: list[dict]) -> str:
+def text_table(rows: list[dict[str, str]]) -> str:
     "Rows of strings as lines of equal columns."
     names = list(rows[0])
-    widths = {k: max(len(k), *(len(r[k]) for r in rows)) for k in names}
-    lines = [{k: k for k in names}, *rows]
-    return "\n".join("  ".join(line[k].ljust(widths[k]) for k in names).rstrip() for line in lines)
+    header = {name: name for name in names}
+    widths = {name: max(len(row[name]) for row in [header, *rows]) for name in names}
+    lines = []
+    for row in [header, *rows]:
+        cells = [row[name].ljust(widths[name]) for name in names]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -8,13 +8,17 @@ __all__ = ['image_metrics', 'linear_probe', 'encode_episodes', 'tokenizer_report
 
 # %% ../../nbs/37_metrics.ipynb #6a92529b
 from collections import Counter
+from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from ..core import RowGenerators, UserError, autocast, inference_dtype, step_generator, to_float
+from ..core import (Batch, RowGenerators, UserError, autocast, inference_dtype,
+                              step_generator, to_float)
 from ..data.envs import object_pixels, solved
+from ..data.stores import Episode, EpisodeStore
 from ..data.windows import Windows
 from .ball import BALL_IMAGE, BALL_SCORE, ball_metrics, ball_position
 from ..method.generation import WorldModel
@@ -22,156 +26,367 @@ from ..method.streams import LONGEST, decode_stream, encode_stream
 from ..method.tokenizer import PerceptualLoss, Tokenizer
 
 # %% ../../nbs/37_metrics.ipynb #cell-69
-def image_metrics(recon, frames, perceptual: PerceptualLoss | None = None) -> dict[str, float]:
-    "PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS of (n, c, h, w) in [0, 1]."
+def _mean_over_images(metric: Callable, recon: Tensor, frames: Tensor) -> float:
+    "The mean of `metric(recon, frames)` over images (n, c, h, w), 64 at a time."
+    total = 0.0
+    for a, b in zip(recon.split(64), frames.split(64)):
+        total += metric(a, b).item() * len(a)
+    return total / len(frames)
+
+
+@torch.no_grad()
+def image_metrics(
+    recon: Tensor,
+    frames: Tensor,
+    perceptual: PerceptualLoss | None = None,
+) -> dict[str, float]:
+    """PSNR in dB (of the mean squared error), SSIM and, where its trunk is here, LPIPS.
+
+    recon, frames: (n, c, h, w) in [0, 1].
+    perceptual: for LPIPS.
+    """
+    # Inside, because torchmetrics takes seconds to import.
     from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-    recon, frames = recon.float().clamp(0, 1), frames.float()
-    mean = lambda metric: sum(metric(a, b).item() * len(a) for a, b in zip(recon.split(64), frames.split(64))) / len(frames)
-    with torch.no_grad():
-        out = {"psnr": peak_signal_noise_ratio(recon, frames, data_range=1.0).item(),
-               "ssim": mean(lambda a, b: structural_similarity_index_measure(a, b, data_range=1.0))}
-        if perceptual is not None and perceptual.kind == "lpips":
-            out["lpips"] = mean(perceptual)
-    return out
 
+    def ssim(a: Tensor, b: Tensor) -> Tensor:
+        return structural_similarity_index_measure(a, b, data_range=1.0)
 
-def linear_probe(train_x, train_y, test_x, test_y, ridge: float = 1e-2) -> dict[str, float]:
-    "Ridge regression of targets (n, k) from features (n, d), fitted on train: R2 and the mean Euclidean error on test."
-    mean, std = train_x.mean(0), train_x.std(0).clamp(min=1e-4)
+    recon = recon.float().clamp(0, 1)
+    frames = frames.float()
+    metrics = {
+        "psnr": peak_signal_noise_ratio(recon, frames, data_range=1.0).item(),
+        "ssim": _mean_over_images(ssim, recon, frames),
+    }
+    if perceptual is not None and perceptual.kind == "lpips":
+        metrics["lpips"] = _mean_over_images(perceptual, recon, frames)
+    return metrics
+
+# %% ../../nbs/37_metrics.ipynb #54f6b730
+def linear_probe(
+    train_x: Tensor,
+    train_y: Tensor,
+    test_x: Tensor,
+    test_y: Tensor,
+    ridge: float = 1e-2,
+) -> dict[str, float]:
+    """Ridge regression of targets from features: R2 and the mean Euclidean error on the test part.
+
+    train_x, test_x: features (n, d).
+    train_y, test_y: targets (n, k).
+    ridge: weight of the penalty.
+
+    `floor_error` is the error of always saying the mean target.
+    """
+    mean = train_x.mean(0)
+    std = train_x.std(0).clamp(min=1e-4)
     center = train_y.mean(0)
-    design = lambda x: F.pad((x - mean) / std, (0, 1), value=1.0).double()
-    a, y = design(train_x), (train_y - center).double()
-    w = torch.linalg.solve(a.T @ a + ridge * len(a) * torch.eye(a.shape[1], dtype=a.dtype), a.T @ y)
-    residual = design(test_x) @ w - (test_y - center)
+
+    def design(x: Tensor) -> Tensor:
+        "Standardized features and a column of ones."
+        return F.pad((x - mean) / std, (0, 1), value=1.0).double()
+
+    a = design(train_x)
+    y = (train_y - center).double()
+    penalty = ridge * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
+    weights = torch.linalg.solve(a.T @ a + penalty, a.T @ y)
+
+    residual = design(test_x) @ weights - (test_y - center)
     floor = test_y.double() - center
-    return {"r2": 1 - (residual.square().sum() / (test_y - test_y.mean(0)).double().square().sum()).item(),
-            "error": residual.norm(dim=1).mean().item(), "floor_error": floor.norm(dim=1).mean().item()}
+    variance = (test_y - test_y.mean(0)).double().square().sum()
+    return {
+        "r2": 1 - (residual.square().sum() / variance).item(),
+        "error": residual.norm(dim=1).mean().item(),
+        "floor_error": floor.norm(dim=1).mean().item(),
+    }
 
 # %% ../../nbs/37_metrics.ipynb #cell-71
-def encode_episodes(tokenizer, store, frames: int, seed: int):
-    "Whole random episodes, at least `frames` frames of them: frames, reconstructions, latents (n, ...) and ball pixels or None."
+def _ball_pixels(episode: Episode, image: int) -> Tensor | None:
+    "Where the ball is in every frame of an episode (t, 2), or None for another task or without states."
+    if not episode.task.startswith("ball_in_cup") or episode.states.shape[1] == 0:
+        return None
+    pixels = object_pixels(episode.task, episode.states, image)
+    return torch.as_tensor(pixels, dtype=torch.float32)
+
+
+def encode_episodes(
+    tokenizer: Tokenizer,
+    store: EpisodeStore,
+    frames: int,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Whole random episodes, at least `frames` frames of them, through the tokenizer.
+
+    Returns frames and reconstructions (n, c, h, w), latents (n, d) and ball pixels (n, 2) or None.
+    """
     order = torch.randperm(store.n_episodes, generator=step_generator(seed)).tolist()
-    parts, n = [], 0
+    truths = []
+    recons = []
+    latents = []
+    balls = []
+    n = 0
     for i in order:
         episode = store.episode(i)
         x = torch.from_numpy(episode.frames)
         z = encode_stream(tokenizer, x[None])
-        recon = decode_stream(tokenizer, z)[0]
-        pixels = None
-        if episode.task.startswith("ball_in_cup") and episode.states.shape[1] > 0:
-            pixels = object_pixels(episode.task, episode.states, x.shape[2])
-            pixels = torch.as_tensor(pixels, dtype=torch.float32)
-        parts.append((to_float(x), recon, z[0].flatten(1).cpu(), pixels))
+        truths.append(to_float(x))
+        recons.append(decode_stream(tokenizer, z)[0])
+        latents.append(z[0].flatten(1).cpu())
+        balls.append(_ball_pixels(episode, x.shape[2]))
         n += len(x)
         if n >= frames:
             break
-    x, recon, z, pixels = zip(*parts)
-    return torch.cat(x), torch.cat(recon), torch.cat(z), None if any(p is None for p in pixels) else torch.cat(pixels)
+    everywhere = all(ball is not None for ball in balls)
+    pixels = torch.cat(balls) if everywhere else None
+    return torch.cat(truths), torch.cat(recons), torch.cat(latents), pixels
 
 
-def tokenizer_report(tokenizer: Tokenizer, store, train=None, frames: int = 2000, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Held-out figures: {"tokenizer": {...}, "mean_frame": {...}}, each metric beside its floor.
+def _mean_frames(tokenizer: Tokenizer, frames: Tensor) -> Tensor:
+    "For every frame (n, c, h, w) the mean frame of its background, on the CPU."
+    device = tokenizer.mean_frame.device
+    background = [tokenizer.background(part.to(device)).cpu() for part in frames.split(LONGEST)]
+    return tokenizer.mean_frame.cpu()[torch.cat(background)]
 
-    `store` holds episodes the tokenizer was not trained on; the position probe is fitted on `train` (or, without it, on
-    the first half of the frames). psnr, ssim, lpips where available; for ball_in_cup ball_visible, ball_error_median and
-    ball_error_mean in px, probe_r2 and probe_error in px from the latents (its floor: always the mean position), and
-    "true_frames": the ball's figures on the frames themselves, the detector's own ceiling. A px is that of a
-    64 x 64 image.
+
+def _ball_rows(images: Tensor, pixels: Tensor) -> dict[str, float]:
+    "The ball's metrics under the names that they have in a report."
+    return {f"ball_{name}": value for name, value in ball_metrics(images, pixels).items()}
+
+# %% ../../nbs/37_metrics.ipynb #9fb6cdbe
+def tokenizer_report(
+    tokenizer: Tokenizer,
+    store: EpisodeStore,
+    train: EpisodeStore | None = None,
+    frames: int = 2000,
+    seed: int = 0,
+) -> dict[str, dict[str, float]]:
+    """Figures of a tokenizer on held-out episodes: {"tokenizer": {...}, "mean_frame": {...}}.
+
+    store: episodes that the tokenizer was not trained on.
+    train: where the position probe is fitted; without it, on the first half of the frames.
+    frames: how many are measured at least.
+
+    Each holds psnr, ssim, and lpips where it is available. For ball_in_cup there are also
+    ball_visible, ball_error_median, ball_error_mean: of `ball_metrics`;
+    probe_r2, probe_error: of a linear probe of the ball's position, its floor the mean position;
+    "true_frames": the ball's figures on the frames themselves, the detector's own ceiling.
+    Errors are in px of a 64 x 64 image.
     """
     x, recon, z, pixels = encode_episodes(tokenizer, store, frames, seed)
-    device = tokenizer.mean_frame.device
-    background = torch.cat([tokenizer.background(part.to(device)).cpu() for part in x.split(LONGEST)])
-    mean = tokenizer.mean_frame.cpu()[background]
+    mean = _mean_frames(tokenizer, x)
     perceptual = PerceptualLoss("auto", quiet=True)
-    report = {name: image_metrics(images, x, perceptual) for name, images in (("tokenizer", recon), ("mean_frame", mean))}
+    report = {
+        "tokenizer": image_metrics(recon, x, perceptual),
+        "mean_frame": image_metrics(mean, x, perceptual),
+    }
     if pixels is None:
         return report
-    for name, images in (("tokenizer", recon), ("mean_frame", mean)):
-        report[name] |= {f"ball_{k}": v for k, v in ball_metrics(images, pixels).items()}
-    report["true_frames"] = {f"ball_{k}": v for k, v in ball_metrics(x, pixels).items()}
-    half = len(z) // 2
-    train_z, train_y = (z[:half], pixels[:half]) if train is None else encode_episodes(tokenizer, train, frames, seed)[2:]
-    probe = linear_probe(train_z, train_y, *((z[half:], pixels[half:]) if train is None else (z, pixels)))
-    probe |= {key: probe[key] * BALL_IMAGE / tokenizer.config.image for key in ("error", "floor_error")}
-    report["tokenizer"] |= {"probe_r2": probe["r2"], "probe_error": probe["error"]}
-    report["mean_frame"] |= {"probe_r2": 0.0, "probe_error": probe["floor_error"]}
+    report["tokenizer"] |= _ball_rows(recon, pixels)
+    report["mean_frame"] |= _ball_rows(mean, pixels)
+    report["true_frames"] = _ball_rows(x, pixels)
+
+    if train is None:
+        half = len(z) // 2
+        probe = linear_probe(z[:half], pixels[:half], z[half:], pixels[half:])
+    else:
+        _, _, train_z, train_pixels = encode_episodes(tokenizer, train, frames, seed)
+        probe = linear_probe(train_z, train_pixels, z, pixels)
+    image = tokenizer.config.image
+    report["tokenizer"]["probe_r2"] = probe["r2"]
+    report["tokenizer"]["probe_error"] = probe["error"] * BALL_IMAGE / image
+    report["mean_frame"]["probe_r2"] = 0.0
+    report["mean_frame"]["probe_error"] = probe["floor_error"] * BALL_IMAGE / image
     return report
 
 # %% ../../nbs/37_metrics.ipynb #cell-23
-def pick_windows(latents, prefix: int, length: int, windows: int, seed: int):
-    """Numbers of up to `windows` windows of `length` frames that begin before the task is `solved`, so that there is still
-    something to predict: none of their first `prefix` frames is. Spread over the episodes. `latents` are of one task."""
+def pick_windows(latents: EpisodeStore, prefix: int, length: int, windows: int, seed: int) -> np.ndarray:
+    """Numbers of windows in which there is still something to predict, spread over the episodes.
+
+    latents: of one task.
+    prefix: in none of a window's first so many frames is the task `solved`.
+    length: of a window, in frames.
+    windows: how many at most.
+    seed: of the choice.
+    """
     index = Windows(latents, length, 1)
+    task = index.tasks[int(index.store.task_ids[0])]
     rewards = index.store.arrays.column("rewards")
-    unsolved = ~solved(index.tasks[int(index.store.task_ids[0])], rewards[index.starts[:, None] + np.arange(prefix)]).any(1)
+    first_frames = index.starts[:, None] + np.arange(prefix)
+    unsolved = ~solved(task, rewards[first_frames]).any(1)
     order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved))
-    if not len(order):
-        raise UserError(f"no window of {length} frames begins with {prefix} in which the task is not solved; use shorter windows or other episodes")
-    count, turn = Counter(), []
-    for owner in index.owner[order]:
-        turn.append(count[owner])
-        count[owner] += 1
-    return order[np.argsort(turn, kind="stable")][:windows]
+    if len(order) == 0:
+        raise UserError(f"no window of {length} frames begins with {prefix} in which the task is not solved; "
+                        "use shorter windows or other episodes")
+
+    # The first window of every episode, then the second of every episode, ...
+    count: Counter[int] = Counter()
+    turn = []
+    for episode in index.owner[order]:
+        turn.append(count[episode])
+        count[episode] += 1
+    spread = np.argsort(turn, kind="stable")
+    return order[spread][:windows]
 
 # %% ../../nbs/37_metrics.ipynb #cell-29
-def step_metrics(images, latents, true_frames, true_latents, pixels) -> dict[str, list[float]]:
-    """Per step, over the windows: PSNR (dB), SSIM, latent_error (mean square, in standard deviations) and, where the ball's
-    true pixels (b, t, 2) are known, ball_error (mean, px), ball_error_median, ball_visible (within 3 px of the truth) and
-    ball_shown (anywhere). images, true_frames: (b, t, c, h, w); latents, true_latents: (b, t, n_tokens, d_token)."""
+def _step_metrics(images: Tensor, true_frames: Tensor, pixels: Tensor | None) -> dict[str, float]:
+    "Metrics of the images (b, c, h, w) of one step."
+    row = image_metrics(images, true_frames)
+    if pixels is not None:
+        ball = ball_metrics(images, pixels)
+        _, score = ball_position(images)
+        row["ball_error"] = ball["error_mean"]
+        row["ball_error_median"] = ball["error_median"]
+        row["ball_visible"] = ball["visible"]
+        row["ball_shown"] = (score >= BALL_SCORE).float().mean().item()
+    return row
+
+
+def step_metrics(
+    images: Tensor,
+    latents: Tensor,
+    true_frames: Tensor,
+    true_latents: Tensor,
+    pixels: Tensor | None,
+) -> dict[str, list[float]]:
+    """Metrics of dreams for each step, over the windows.
+
+    images, true_frames: (b, t, c, h, w) in [0, 1].
+    latents, true_latents: (b, t, n_tokens, d_token), normalized.
+    pixels: where the ball truly is (b, t, 2), or None where nobody knows.
+
+    Returns a list for each of
+    psnr, ssim: of `image_metrics`;
+    latent_error: mean square, in standard deviations;
+    ball_error, ball_error_median, ball_visible: of `ball_metrics`, where `pixels` are given;
+    ball_shown: the share of images that show a ball anywhere.
+    """
     steps = []
     for t in range(images.shape[1]):
-        row = image_metrics(images[:, t], true_frames[:, t])
-        row["latent_error"] = (latents[:, t] - true_latents[:, t]).square().mean().item()
-        if pixels is not None:
-            ball = ball_metrics(images[:, t], pixels[:, t])
-            row |= {"ball_error": ball["error_mean"], "ball_error_median": ball["error_median"], "ball_visible": ball["visible"],
-                    "ball_shown": (ball_position(images[:, t])[1] >= BALL_SCORE).float().mean().item()}
+        pixels_now = None if pixels is None else pixels[:, t]
+        row = _step_metrics(images[:, t], true_frames[:, t], pixels_now)
+        error = latents[:, t] - true_latents[:, t]
+        row["latent_error"] = error.square().mean().item()
         steps.append(row)
-    return {key: [step[key] for step in steps] for key in steps[0]}
+    return {name: [step[name] for step in steps] for name in steps[0]}
 
 # %% ../../nbs/37_metrics.ipynb #cell-30
-@torch.no_grad()
-def rollout_report(world: WorldModel, store, latents, prefix: int = 8, length: int = 32, windows: int = 64, seed: int = 0,
-                   budget: int | None = None) -> dict:
-    """How far the dream agrees with what happened: `prefix` real frames, then length - prefix dreamed under the true actions.
+def _dream(
+    world: WorldModel,
+    data: Batch,
+    actions: Tensor,
+    prefix: int,
+    seed: int,
+    budget: int | None,
+) -> Tensor:
+    "Latents (b, t, n, d): the first `prefix` of the data's, then dreamed ones under `actions`."
+    config = world.dynamics.config
+    device = world.device
+    generator = RowGenerators.seeded(seed, range(len(actions)))
+    agent = torch.zeros(len(actions), config.n_agent, config.transformer.width, device=device)
+    with autocast(device, inference_dtype(device)):
+        return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
 
-    `store`: held-out EpisodeStore with frames; `latents`: LatentStore of the same episodes. Returns per step and as means over the
-    dreamed steps the `step_metrics` of dream, reconstruction (the ceiling), copy_last and mean_frame (the floors), and
-    action_shuffle_ratio: the latent error of the dream under another window's actions over that under the true ones
-    (same noise; 1 = the actions do nothing). Dreams and decoding take `budget` bytes at a time (default: `memory_budget`), which
-    changes nothing in the figures. UserError when the stores differ or are too short.
+# %% ../../nbs/37_metrics.ipynb #b71caa92
+def _shuffle_ratio(
+    world: WorldModel,
+    data: Batch,
+    dreamed: Tensor,
+    prefix: int,
+    seed: int,
+    budget: int | None,
+) -> float:
+    """The latent error of a dream under another window's actions over that of `dreamed`, under the true ones.
+
+    The noise is the same; 1 = the actions do nothing.
     """
+    of_another_window = data.actions[:, prefix:].roll(1, 0)
+    actions = torch.cat([data.actions[:, :prefix], of_another_window], 1)
+    shuffled = _dream(world, data, actions, prefix, seed, budget)
+
+    normalize = world.dynamics.normalize
+    truth = normalize(data.latents)[:, prefix:]
+    error = (normalize(dreamed)[:, prefix:] - truth).square().mean().item()
+    shuffled_error = (normalize(shuffled)[:, prefix:] - truth).square().mean().item()
+    return shuffled_error / error
+
+
+def _true_ball(data: Batch, task: str, image: int) -> Tensor | None:
+    "Where the ball is in windows (b, t, 2), or None for another task or without states."
+    if not task.startswith("ball_in_cup") or data.states is None:
+        return None
+    states = data.states.flatten(0, 1).cpu().numpy()
+    pixels = torch.as_tensor(object_pixels(task, states, image), dtype=torch.float32)
+    return pixels.unflatten(0, data.states.shape[:2])
+
+
+def _check_rollout(store: EpisodeStore, latents: EpisodeStore, prefix: int, length: int) -> None:
+    "Raises `UserError` for stores that do not belong together, or nothing to dream from or of."
     if list(store.lengths) != list(latents.lengths):
-        raise UserError(f"{store.path} and {latents.path} hold episodes of other lengths; encode this store, or split both alike")
+        raise UserError(f"{store.path} and {latents.path} hold episodes of other lengths; "
+                        "encode this store, or split both alike")
     if not 0 < prefix < length:
-        raise UserError(f"prefix={prefix}, length={length}; at least one frame of context and one to dream are needed")
-    device, dynamics, new = world.device, world.dynamics, slice(prefix, length)
+        raise UserError(f"prefix={prefix}, length={length}; "
+                        "at least one frame of context and one to dream are needed")
+
+
+def _means(per_step: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, float]]:
+    "The means over the steps."
+    means = {}
+    for name, rows in per_step.items():
+        means[name] = {metric: float(np.nanmean(values)) for metric, values in rows.items()}
+    return means
+
+# %% ../../nbs/37_metrics.ipynb #e9767e99
+@torch.no_grad()
+def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore, prefix: int = 8,
+                   length: int = 32, windows: int = 64, seed: int = 0, budget: int | None = None) -> dict:
+    """How far the dream agrees with what happened, where it is driven by the true actions.
+
+    store, latents: held-out episodes with frames, and their latents.
+    prefix: real frames that the dream begins with.
+    length: frames of a window, real and dreamed.
+    windows: how many at most.
+    budget: bytes that dreams and decoding take at a time (default: `memory_budget`); it changes no figure.
+
+    Returns
+    per_step: `step_metrics` of dream, reconstruction (the ceiling), copy_last and mean_frame (the floors);
+    mean: their means over the dreamed steps;
+    action_shuffle_ratio: the latent error under another window's actions over that under the true ones.
+    Raises `UserError` when the stores differ or are too short.
+    """
+    _check_rollout(store, latents, prefix, length)
     numbers = pick_windows(latents, prefix, length, windows, seed)
-    data = Windows(latents, length, 1).at(numbers).to(device)
-    frames, pixels = Windows(store, length, 1, memory=0).at(numbers).frames, None
-    task = store.tasks[int(data.task[0])]
-    if task.startswith("ball_in_cup") and data.states is not None:
-        states = data.states.flatten(0, 1).cpu().numpy()
-        pixels = torch.as_tensor(object_pixels(task, states, world.tokenizer.config.image), dtype=torch.float32)
-        pixels = pixels.unflatten(0, (-1, length))[:, new]
+    data = Windows(latents, length, 1).at(numbers).to(world.device)
+    frames = Windows(store, length, 1, memory=0).at(numbers).frames
+    pixels = _true_ball(data, store.tasks[int(data.task[0])], world.tokenizer.config.image)
+    dreamed = _dream(world, data, data.actions, prefix, seed, budget)
 
-    def dream(actions):
-        generator = RowGenerators.seeded(seed, range(len(actions)))
-        agent = torch.zeros(len(actions), dynamics.config.n_agent, dynamics.config.transformer.width, device=device)
-        with autocast(device, inference_dtype(device)):
-            return world.rollout(data.latents, actions, prefix, generator, agent, data.action_known, budget)
+    def z(x: Tensor) -> Tensor:
+        "Latents of the new frames as the dynamics sees them."
+        return world.dynamics.normalize(x)[:, prefix:]
 
-    decode = lambda x: world.decode(x, budget)[:, new]
-    z, truth = lambda x: dynamics.normalize(x)[:, new], frames[:, new]
-    others = torch.cat([data.actions[:, :prefix], data.actions[:, new].roll(1, 0)], 1)
-    dreamed, shuffled = dream(data.actions), dream(others)
-    last = data.latents[:, prefix - 1:prefix].expand(-1, length, -1, -1)
-    mean = world.tokenizer.mean_frame.cpu()[world.tokenizer.background(truth.to(device)).cpu()]
-    kinds = {"dream": (lambda: decode(dreamed), z(dreamed)), "reconstruction": (lambda: decode(data.latents), z(data.latents)),
-             "copy_last": (lambda: frames[:, prefix - 1:prefix].expand_as(truth), z(last)),
-             "mean_frame": (lambda: mean, torch.zeros_like(z(last)))}      # one at a time: pictures are large
-    per_step = {name: step_metrics(images(), x, truth, z(data.latents), pixels) for name, (images, x) in kinds.items()}
-    error, shuffled_error = ((z(x) - z(data.latents)).square().mean().item() for x in (dreamed, shuffled))
-    return {"prefix": prefix, "length": length, "windows": len(numbers), "seed": seed, "steps": world.schedule.steps,
-            "per_step": per_step, "mean": {name: {k: float(np.nanmean(v)) for k, v in rows.items()} for name, rows in per_step.items()},
-            "action_shuffle_ratio": shuffled_error / error}
+    truth = frames[:, prefix:]
+    true_z = z(data.latents)
+    new_pixels = None if pixels is None else pixels[:, prefix:]
+
+    def measured(images: Tensor, latents: Tensor) -> dict[str, list[float]]:
+        return step_metrics(images, latents, truth, true_z, new_pixels)
+
+    last = slice(prefix - 1, prefix)
+    last_latents = data.latents[:, last].expand(-1, length, -1, -1)
+    background = world.tokenizer.background(truth.to(world.device)).cpu()
+    per_step = {
+        "dream": measured(world.decode(dreamed, budget)[:, prefix:], z(dreamed)),
+        "reconstruction": measured(world.decode(data.latents, budget)[:, prefix:], true_z),
+        "copy_last": measured(frames[:, last].expand_as(truth), z(last_latents)),
+        "mean_frame": measured(world.tokenizer.mean_frame.cpu()[background], torch.zeros_like(true_z)),
+    }
+    return {
+        "prefix": prefix,
+        "length": length,
+        "windows": len(numbers),
+        "seed": seed,
+        "steps": world.schedule.steps,
+        "per_step": per_step,
+        "mean": _means(per_step),
+        "action_shuffle_ratio": _shuffle_ratio(world, data, dreamed, prefix, seed, budget),
+    }

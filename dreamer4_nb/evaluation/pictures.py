@@ -9,6 +9,7 @@ __all__ = ['METRICS', 'use_style', 'save_video', 'video_html', 'image_grid', 'cu
 import base64
 import io
 from pathlib import Path
+from typing import BinaryIO
 
 import imageio.v3 as imageio
 import matplotlib.pyplot as plt
@@ -20,87 +21,165 @@ from torch import Tensor
 from ..core import UserError, atomic_path, check_shape, to_uint8
 
 # %% ../../nbs/39_pictures.ipynb #cell-37
+_COLORS = ["#1f5fa8", "#d9722c", "#3a8f5c", "#a23b72", "#7a7a7a", "#c9a227"]
+
+
 def use_style() -> None:
     "The one matplotlib style of these notebooks."
     plt.rcParams.update({
-        "figure.dpi": 80, "figure.figsize": (5.5, 2.8), "figure.constrained_layout.use": True, "font.size": 9,
-        "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": "#e6e6e6",
-        "axes.axisbelow": True, "axes.titlesize": 9, "legend.frameon": False, "lines.linewidth": 1.6, "image.cmap": "viridis",
-        "axes.prop_cycle": plt.cycler(color=["#1f5fa8", "#d9722c", "#3a8f5c", "#a23b72", "#7a7a7a", "#c9a227"]),
+        "figure.dpi": 80,
+        "figure.figsize": (5.5, 2.8),
+        "figure.constrained_layout.use": True,
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "grid.color": "#e6e6e6",
+        "axes.axisbelow": True,
+        "axes.titlesize": 9,
+        "legend.frameon": False,
+        "lines.linewidth": 1.6,
+        "image.cmap": "viridis",
+        "axes.prop_cycle": plt.cycler(color=_COLORS),
     })
 
 # %% ../../nbs/39_pictures.ipynb #cell-81
+def _write_animation(target: Path | BinaryIO, frames: np.ndarray, fps: int, **options) -> None:
+    "Frames (t, h, w, 3) uint8 as one animated image that repeats; `options` are those of its format."
+    images = [Image.fromarray(frame) for frame in frames]
+    milliseconds = round(1000 / fps)
+    images[0].save(target, save_all=True, append_images=images[1:], duration=milliseconds, loop=0, **options)
+
+
 def save_video(path: str | Path, frames: Tensor | np.ndarray, fps: int = 25, scale: int = 1) -> None:
-    "Write frames as .webp, .gif or .mp4, each pixel enlarged `scale` times, atomically."
-    x, kind = to_uint8(frames).repeat(scale, 1).repeat(scale, 2), Path(path).suffix
+    """Writes frames as .webp, .gif or .mp4, atomically.
+
+    frames: (t, h, w, c) uint8 or (t, c, h, w) float in [0, 1].
+    scale: how wide and high a pixel becomes.
+    """
+    kind = Path(path).suffix
     if kind not in (".webp", ".gif", ".mp4"):
         raise UserError(f"a video cannot be written as '{kind}'; expected .webp, .gif or .mp4")
+    enlarged = to_uint8(frames).repeat(scale, 1).repeat(scale, 2)
     with atomic_path(path) as part:
         if kind == ".mp4":
-            imageio.imwrite(part, x, fps=fps, macro_block_size=2)
+            imageio.imwrite(part, enlarged, fps=fps, macro_block_size=2)
         else:
-            first, *rest = [Image.fromarray(frame) for frame in x]
-            first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+            _write_animation(part, enlarged, fps)
 
 # %% ../../nbs/39_pictures.ipynb #cell-82
 def video_html(frames: Tensor | np.ndarray, fps: int = 25, scale: int = 4) -> str:
-    "Frames as one `<img>` tag that needs no other file; the browser enlarges it, so a second of 64 x 64 takes a few kB."
-    x, buffer = to_uint8(frames), io.BytesIO()
-    first, *rest = [Image.fromarray(frame) for frame in x]
-    first.save(buffer, "webp", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=85, method=4)
+    """Frames as one `<img>` tag that needs no other file.
+
+    The browser enlarges it, so a second of 64 x 64 takes a few kB.
+    """
+    x = to_uint8(frames)
+    width = x.shape[2] * scale
+    buffer = io.BytesIO()
+    _write_animation(buffer, x, fps, format="webp", quality=85, method=4)
     source = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img width="{x.shape[2] * scale}" style="image-rendering:pixelated" src="data:image/webp;base64,{source}">'
+    return f'<img width="{width}" style="image-rendering:pixelated" src="data:image/webp;base64,{source}">'
 
 # %% ../../nbs/39_pictures.ipynb #cell-89
-def image_grid(frames: Tensor, titles: list | None = None, rows: list | None = None, size: float = 0.9) -> plt.Figure:
-    "Images (n, c, h, w), or rows of them (r, n, c, h, w), in [0, 1] as one figure; `titles` name columns, `rows` rows; `size` in inches."
-    x = torch.as_tensor(frames).detach().float().cpu().clamp(0, 1)
-    x = x[None] if x.ndim == 4 else x
-    r, n, c, h, w = check_shape("frames", x, "r n c h w").values()
-    gap = max(1, w // 32)
+def _side_by_side(images: Tensor, gap: int) -> Tensor:
+    """Rows of images on one white canvas, (height, width, 3).
+
+    images: (r, n, c, h, w) in [0, 1].
+    gap: pixels between two of them.
+    """
+    r, n, _, h, w = images.shape
     canvas = torch.ones(r * (h + gap) - gap, n * (w + gap) - gap, 3)
     for i in range(r):
         for j in range(n):
-            canvas[i * (h + gap):i * (h + gap) + h, j * (w + gap):j * (w + gap) + w] = x[i, j].permute(1, 2, 0)
-    fig, ax = plt.subplots(figsize=(n * size + (0.9 if rows else 0), r * size * h / w + (0.3 if titles is not None else 0)))
-    ax.imshow(canvas, interpolation="nearest")
-    ax.set_xticks([j * (w + gap) + w / 2 for j in range(n)] if titles is not None else [], titles)
-    ax.set_yticks([i * (h + gap) + h / 2 for i in range(r)] if rows else [], rows)
+            top = i * (h + gap)
+            left = j * (w + gap)
+            canvas[top:top + h, left:left + w] = images[i, j].permute(1, 2, 0)
+    return canvas
+
+
+def image_grid(frames: Tensor, titles: list[str] | None = None, rows: list[str] | None = None,
+               size: float = 0.9) -> plt.Figure:
+    """Images side by side, as one figure.
+
+    frames: (n, c, h, w), or rows of them (r, n, c, h, w), in [0, 1].
+    titles: of the columns. rows: names of the rows.
+    size: width of an image in inches.
+    """
+    x = torch.as_tensor(frames).detach().float().cpu().clamp(0, 1)
+    x = x[None] if x.ndim == 4 else x
+    r, n, _, h, w = check_shape("frames", x, "r n c h w").values()
+    gap = max(1, w // 32)
+
+    width = n * size + (0.9 if rows else 0)
+    height = r * size * h / w + (0.3 if titles is not None else 0)
+    fig, ax = plt.subplots(figsize=(width, height))
+    ax.imshow(_side_by_side(x, gap), interpolation="nearest")
+    columns_at = [j * (w + gap) + w / 2 for j in range(n)]
+    rows_at = [i * (h + gap) + h / 2 for i in range(r)]
+    ax.set_xticks(columns_at if titles is not None else [], titles)
+    ax.set_yticks(rows_at if rows else [], rows)
     ax.tick_params(length=0, top=False, labeltop=True, bottom=False, labelbottom=False)
     ax.grid(False)
     ax.spines[:].set_visible(False)
     return fig
 
 # %% ../../nbs/39_pictures.ipynb #448359b7
-METRICS = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS", "latent_error": "latent error (standard deviations²)",
-           "ball_visible": "ball where it is (within 3 px), share", "ball_shown": "ball anywhere, share",
-           "ball_error": "ball error, mean (px)", "ball_error_mean": "ball error, mean (px)", "ball_error_median": "ball error, median (px)",
-           "probe_r2": "linear probe of the ball, R²", "probe_error": "linear probe of the ball, error (px)", "ball_n": "frames with the ball in view"}
-
+METRICS = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "latent_error": "latent error (standard deviations²)",
+    "ball_visible": "ball where it is (within 3 px), share",
+    "ball_shown": "ball anywhere, share",
+    "ball_error": "ball error, mean (px)",
+    "ball_error_mean": "ball error, mean (px)",
+    "ball_error_median": "ball error, median (px)",
+    "probe_r2": "linear probe of the ball, R²",
+    "probe_error": "linear probe of the ball, error (px)",
+    "ball_n": "frames with the ball in view",
+}
 
 # %% ../../nbs/39_pictures.ipynb #6de168ff
-def curves_figure(histories: dict[str, dict[str, list]]):
-    """One panel per phase: each logged loss and metric over the steps, its last value in the legend. `histories[phase]` holds a list
-    `step` and a list for each; what only keeps the books (learning rate, speed, gradient norm, shares) is left out."""
+_BOOKKEEPING = {"step", "lr", "frames_per_s", "gradient", "bootstrap_share", "clamped"}
+
+
+def curves_figure(histories: dict[str, dict[str, list]]) -> plt.Figure:
+    """One panel per phase: each logged loss and metric over the steps, its last value in the legend.
+
+    histories: for each phase a list `step` and a list for each metric. What only keeps the books (learning
+    rate, speed, gradient norm, shares) is left out.
+    """
     use_style()
     fig, axes = plt.subplots(1, len(histories), figsize=(3 * len(histories), 3.4), squeeze=False)
     for ax, (phase, history) in zip(axes[0], histories.items()):
-        shown = {k: v for k, v in history.items() if k not in ("step", "lr", "frames_per_s", "gradient", "bootstrap_share", "clamped")}
+        shown = {name: values for name, values in history.items() if name not in _BOOKKEEPING}
         for name, values in shown.items():
             ax.plot(history["step"], values, label=f"{name} {values[-1]:.3g}", lw=1)
-        ax.set(title=phase, xlabel="step", yscale="log" if all(min(v) > 0 for v in shown.values()) else "linear")
-        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.22), frameon=False)
+        all_positive = all(min(values) > 0 for values in shown.values())
+        ax.set(title=phase, xlabel="step", yscale="log" if all_positive else "linear")
+        below = (0.5, -0.22)
+        ax.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=below, frameon=False)
     return fig
 
 # %% ../../nbs/39_pictures.ipynb #033c3c98
-def steps_figure(per_step: dict[str, dict[str, list]], metrics=("psnr", "ssim", "latent_error", "ball_error", "ball_visible")):
-    "One panel per metric over the frames of a dream, beside its floors and its ceiling: `per_step` of `rollout_report`."
+_DREAM_METRICS = ("psnr", "ssim", "latent_error", "ball_error", "ball_visible")
+
+
+def steps_figure(per_step: dict[str, dict[str, list]],
+                 metrics: tuple[str, ...] = _DREAM_METRICS) -> plt.Figure:
+    """One panel per metric over the frames of a dream, beside its floors and its ceiling.
+
+    per_step: of `rollout_report`.
+    metrics: those that are shown, where there are any.
+    """
     use_style()
-    shown = [m for m in metrics if m in per_step["dream"]]
+    shown = [metric for metric in metrics if metric in per_step["dream"]]
     fig, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False)
     for ax, metric in zip(axes[0], shown):
         for name, rows in per_step.items():
-            ax.plot(np.arange(1, len(rows[metric]) + 1), rows[metric], label=name.replace("_", " "), lw=2.4 if name == "dream" else 1)
+            values = rows[metric]
+            width = 2.4 if name == "dream" else 1
+            ax.plot(np.arange(1, len(values) + 1), values, label=name.replace("_", " "), lw=width)
         ax.set(title=METRICS[metric], xlabel="frames after the prefix")
     axes[0, 0].legend(fontsize=7)
     return fig

@@ -18,28 +18,28 @@ from pretend_gpu.load import load
 from toy_presets import thin_preset
 
 from dreamer4_nb.runs import chain, study
-from dreamer4_nb.evaluation import closed_loop as evaluation
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
 from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.core import cache_dir, pick_device
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import dynamics_loss
 from dreamer4_nb.method.forcing import Schedule, sample_sequence
+from dreamer4_nb.evaluation.closed_loop import evaluate_policy
 from dreamer4_nb.evaluation.dream_env import DreamEnv
-from dreamer4_nb.evaluation.metrics import rollout_report
+from dreamer4_nb.evaluation.metrics import rollout_report, tokenizer_report
+from dreamer4_nb.evaluation.report import beside_dream, dreams, reconstructions
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import imagination_loss
 from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, phase_shapes
 from dreamer4_nb.runs.bench import bench
 from dreamer4_nb.training.loop import fit
-from dreamer4_nb.evaluation.metrics import tokenizer_report
 
 DEVICE = "fakegpu"
 MICRO_HERE = thin_preset(MICRO, device=DEVICE)
 SWITCHES = {
     "image rows": ("dynamics.model.image_rows", 0.3),
-    "short clips": ("dynamics.model.short", 4),
-    "committed context": ("dynamics.model.committed", True),
+    "short clips": ("dynamics.model.short_clip_length", 4),
+    "committed context": ("dynamics.model.train_on_context", True),
     "context levels": ("dynamics.model.p_context", 0.2),
     "gaussian policy": ("agent.model.policy", "gaussian"),
 }
@@ -106,16 +106,16 @@ def rollouts(world: WorldModel) -> None:
 def closed_loop(readout: str) -> None:
     run = plain()
     policy = Policy(run.world, run.imagination, readout)
-    records = evaluation.evaluate_policy(policy, run.task, [1, 2], decisions=4, workers=1, keep=1)
+    records = evaluate_policy(policy, run.task, [1, 2], decisions=4, workers=1, keep=1)
     assert np.isfinite(records.actions).all()
 
 
-def beside_dream() -> None:
+def real_and_dreamed() -> None:
     run = plain()
     episode = run.split[1].episode(0)
     policy = Policy(run.world, run.imagination)
     policy.reset(1)
-    evaluation.beside_dream(policy, episode.frames[:6], episode.actions[1:6], prefix=3)
+    beside_dream(policy, episode.frames[:6], episode.actions[1:6], prefix=3)
 
 
 def dream_env(world: WorldModel, with_reward: bool = False) -> None:
@@ -164,7 +164,7 @@ def two_tasks() -> None:
         tokenizer_report(run.tokenizer, held, train, frames=60)
         rollout_report(run.world, held, view.latents[1], prefix=4, length=10, windows=4)
         policy = Policy(run.world, run.imagination, task=number)
-        evaluation.evaluate_policy(policy, view.task, [1, 2], decisions=4, workers=1)
+        evaluate_policy(policy, view.task, [1, 2], decisions=4, workers=1)
         study.dreamed_return(view, run.imagination, 4, 3)
 
 
@@ -207,11 +207,11 @@ SCENARIOS = {
     "tokenizer report": lambda: tokenizer_report(plain().tokenizer, *plain().split[::-1], frames=60),
     "rollout report, phase 1": lambda: rollouts(of_phase_1()),
     "rollout report, phase 2": lambda: rollouts(plain().world),
-    "reconstructions": lambda: evaluation.reconstructions(plain().tokenizer, plain().split[1], 2),
-    "dreams, phase 1": lambda: evaluation.dreams(of_phase_1(), plain().split[1], 4, 10, 2),
-    "dreams, phase 2": lambda: evaluation.dreams(plain().world, plain().split[1], 4, 10, 2),
+    "reconstructions": lambda: reconstructions(plain().tokenizer, plain().split[1], 2),
+    "dreams, phase 1": lambda: dreams(of_phase_1(), plain().split[1], 4, 10, 2),
+    "dreams, phase 2": lambda: dreams(plain().world, plain().split[1], 4, 10, 2),
     **{f"closed loop, {readout}": partial(closed_loop, readout) for readout in ("sample", "mean", "mode")},
-    "beside dream": beside_dream,
+    "beside dream": real_and_dreamed,
     "dreamed return": lambda: study.dreamed_return(plain(), plain().imagination, 4, 3),
     "DreamEnv, phase 1": lambda: dream_env(of_phase_1()),
     "DreamEnv, phase 2 without agent": lambda: dream_env(plain().world),
