@@ -9,7 +9,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from dreamer4_nb.method import imagination
 from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, PolicyHead,
                                       ScalarHead, covering_range)
 from dreamer4_nb.method.attention import TransformerConfig
@@ -20,6 +19,7 @@ from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.checkpoints import load_imagination
 from dreamer4_nb.method.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns,
                                             pmpo_loss)
+from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import largest_return, train_imagination
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig
@@ -199,7 +199,7 @@ def test_the_value_head_reaches_the_largest_return_of_the_data(tmp_path, monkeyp
         def __call__(self, step): return make_contexts(seed=step)
         def describe(self): return "made up"
 
-    monkeypatch.setattr(imagination, "Windows", Contexts)
+    monkeypatch.setattr(phases, "Windows", Contexts)
     few = TrainConfig(steps=2, warmup=1, log_every=1, save_every=1, dtype="float32", device="cpu")
     trained = train_imagination(latents, world, heads, replace(SHORT, gamma=0.997), few, tmp_path, batch=4)
     assert heads.value.bins[-1] < 403 < 666 < trained.value.bins[-1] < 668 and trained.value.clamped(torch.tensor(660.0)) == 0
