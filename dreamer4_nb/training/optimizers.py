@@ -37,8 +37,8 @@ class TrainConfig:
     compile: bool = False  # torch.compile for the transformers: a minute or two at the start, then faster steps
     # activation checkpointing: layers are run again in the backward pass, less memory for a third more work
     recompute: bool = False
-    # ranks that hold one copy of weights, gradients and moments between them (FSDP2; fewer than all: HSDP);
-    # 1 = each holds all, 0 = all ranks
+    # ranks that hold one copy of weights, gradients and moments between them (FSDP2; fewer than all: HSDP); 1 =
+    # each holds all, 0 = all ranks
     shard: int = 1
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
