@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'out_of_range', 'learning_rate', 'CombinedOptimizer', 'make_optimizer', 'start_average',
-           'update_average', 'optimizer_step', 'LossScale']
+           'update_average', 'optimizer_step', 'LossScale', 'pick_trainable', 'training_only']
 
 # %% ../../nbs/33_optimizers.ipynb #d8879810
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -191,3 +193,38 @@ class LossScale:
         mean = keep * mean + (1 - keep) * square
         self.state[name] = torch.stack([mean, count + 1])
         self.first.pop(name, None)
+
+# %% ../../nbs/33_optimizers.ipynb #cell-33
+def pick_trainable(parts: nn.ModuleDict, names: list[str] | None) -> dict[str, nn.Parameter]:
+    """The parameters to train, by name.
+
+    names: of modules, or of a module's part (`module.part`); None for all parameters that require a gradient.
+    `UserError` for a name that fits none."""
+    parameters = dict(parts.named_parameters())
+    if names is None:
+        return {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
+    chosen = set()
+    for name in names:
+        inside = {key for key in parameters if f"{key}.".startswith(f"{name}.")}
+        if not inside:
+            raise UserError(f"trainable names '{name}', but no parameter is called so; the modules are {list(parts)}")
+        chosen |= inside
+    return {key: parameter for key, parameter in parameters.items() if key in chosen}
+
+# %% ../../nbs/33_optimizers.ipynb #cell-34
+@contextlib.contextmanager
+def training_only(parts: nn.ModuleDict, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
+    "Inside, only `parameters` require a gradient and only their modules are in training mode; afterwards none is."
+    required = {parameter: parameter.requires_grad for parameter in parts.parameters()}
+    chosen = set(parameters.values())
+    for parameter in required:
+        parameter.requires_grad_(parameter in chosen)
+    for part in parts.values():
+        trained = any(parameter.requires_grad for parameter in part.parameters())
+        part.train(trained)
+    try:
+        yield
+    finally:
+        parts.eval()
+        for parameter, before in required.items():
+            parameter.requires_grad_(before)
