@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TrainConfig', 'out_of_range', 'learning_rate', 'CombinedOptimizer', 'make_optimizer', 'start_average',
-           'update_average', 'optimizer_step', 'LossScale', 'pick_trainable', 'training_only']
+           'update_average', 'optimizer_step', 'LossScale', 'weighted_loss', 'pick_trainable', 'training_only']
 
 # %% ../../nbs/33_optimizers.ipynb #d8879810
 import contextlib
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..core import UserError
-from .ranks import gathered, local
+from .ranks import Parameters, Tensors, gathered, local
 
 # %% ../../nbs/33_optimizers.ipynb #cell-9
 @dataclass(frozen=True)
@@ -24,7 +24,8 @@ class TrainConfig:
     "How to train, the same for every phase. `UserError` for values out of range."
     steps: int = 1000  # optimiser steps
     lr: float = 3e-4
-    # the matrices of transformer layers are moved by Muon, at this many times lr; 0 = by AdamW, as everything else
+    # the matrices of transformer layers are moved by Muon, at this many times lr; 0 = by AdamW, as
+    # everything else
     muon: float = 0.0
     warmup: int = 100  # steps from 0 to lr
     decay_share: float = 0.2  # the last part of the steps, in which lr falls linearly to 0
@@ -36,7 +37,8 @@ class TrainConfig:
     rms_decay: float = 0.99
     rms_floor: float = 1e-3
     dtype: str = "auto"  # auto, float32 or bfloat16
-    compile: bool = False  # torch.compile for the transformers: a minute or two at the start, then faster steps
+    # torch.compile for the transformers: a minute or two at the start, then faster steps
+    compile: bool = False
     # activation checkpointing: layers are run again in the backward pass, less memory for a third more work
     recompute: bool = False
     # ranks that hold one copy of weights, gradients and moments between them (FSDP2; fewer than all: HSDP); 1 =
@@ -51,8 +53,8 @@ class TrainConfig:
         wrong = out_of_range(self)
         if wrong:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
-            raise UserError(f"TrainConfig: {values} out of range; expected steps, lr, clip, rms_floor, accumulate, "
-                            "log_every, save_every > 0, ema and rms_decay in [0, 1), decay_share in [0, 1], "
+            raise UserError(f"TrainConfig: {values} out of range; expected steps, lr, clip, rms_floor, "
+                            "accumulate, log_every, save_every > 0, ema and rms_decay in [0, 1), decay_share in [0, 1], "
                             "dtype auto, float32 or bfloat16")
 
 
@@ -72,7 +74,9 @@ def out_of_range(config: TrainConfig) -> list[str]:
 
 # %% ../../nbs/33_optimizers.ipynb #cell-12
 def learning_rate(config: TrainConfig, step: int) -> float:
-    "Learning rate of a step, from 0: linear warm-up, constant, linear decay that would reach 0 at `config.steps`."
+    """Learning rate of a step: linear warm-up, constant, linear decay that would reach 0 at `config.steps`.
+
+    step: from 0."""
     rising = (step + 1) / max(config.warmup, 1)
     falling = (config.steps - step) / max(config.decay_share * config.steps, 1)
     return config.lr * min(1.0, rising, falling)
@@ -100,9 +104,9 @@ class CombinedOptimizer:
             optimizer.zero_grad(set_to_none)
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter],
+def make_optimizer(parameters: Parameters,
                    config: TrainConfig) -> torch.optim.Optimizer | CombinedOptimizer:
-    """Fused AdamW; vectors (norms, biases) are not decayed. With `config.muon` the matrices of layers are Muon's.
+    """Fused AdamW, which does not decay vectors; with `config.muon` the matrices of layers are Muon's.
 
     parameters: by name; those of layers have ".layers." in it."""
     of_muon = []
@@ -115,7 +119,9 @@ def make_optimizer(parameters: dict[str, nn.Parameter],
             decayed.append(parameter)
         else:
             vectors.append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+
+    groups = [{"params": decayed, "weight_decay": config.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.99), fused=True)
     if not of_muon:
         return adam
@@ -124,14 +130,14 @@ def make_optimizer(parameters: dict[str, nn.Parameter],
     return CombinedOptimizer(muon, adam)
 
 # %% ../../nbs/33_optimizers.ipynb #cell-22
-def start_average(parameters: dict[str, nn.Parameter], decay: float) -> dict[str, Tensor]:
+def start_average(parameters: Parameters, decay: float) -> Tensors:
     "The averaged weights before the first step, in float32; none where `decay` is 0."
     if not decay:
         return {}
     return {name: parameter.detach().float().clone() for name, parameter in parameters.items()}
 
 
-def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Parameter], decay: float, step: int) -> None:
+def update_average(average: Tensors, parameters: Parameters, decay: float, step: int) -> None:
     """Exponential moving average of the weights (EMA), in float32, in place.
 
     step: from 1. Early steps count less, so that the start is soon forgotten."""
@@ -144,8 +150,8 @@ def update_average(average: dict[str, Tensor], parameters: dict[str, nn.Paramete
         torch._foreach_lerp_(means, weights, 1 - keep)
 
 # %% ../../nbs/33_optimizers.ipynb #cell-27
-def optimizer_step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer,
-                   average: dict[str, Tensor], config: TrainConfig, step: int) -> Tensor:
+def optimizer_step(parameters: Parameters, optimizer: torch.optim.Optimizer,
+                   average: Tensors, config: TrainConfig, step: int) -> Tensor:
     """One optimizer step with the gradients that are there. Returns their norm as it was before clipping.
 
     average: of `start_average`; it is updated.
@@ -161,7 +167,9 @@ def optimizer_step(parameters: dict[str, nn.Parameter], optimizer: torch.optim.O
 
 # %% ../../nbs/33_optimizers.ipynb #cell-30
 class LossScale:
-    """Divides each loss by a running root mean square (RMS) of itself, never by less than `floor` (paper, section 3.1).
+    """Divides each loss by a running root mean square (RMS) of itself, never by less than `floor`.
+
+    See the paper's section 3.1.
 
     The mean is a plain one over the first losses and an exponential one with `decay` after. The divisor of a
     step comes from the steps before it, so that it is the same for every batch, part of a batch and rank."""
@@ -169,8 +177,8 @@ class LossScale:
     def __init__(self, decay: float = 0.99, floor: float = 1e-3):
         self.decay = decay
         self.floor = floor
-        self.state: dict[str, Tensor] = {}  # name: (mean square, number of losses seen)
-        self.first: dict[str, Tensor] = {}  # of the losses that no step has taken in yet, batch 0's
+        self.state: Tensors = {}  # name: (mean square, number of losses seen)
+        self.first: Tensors = {}  # of the losses that no step has taken in yet, batch 0's
 
     def divisor(self, name: str, loss: Tensor) -> Tensor:
         """The RMS of the losses so far, or the floor.
@@ -194,8 +202,22 @@ class LossScale:
         self.state[name] = torch.stack([mean, count + 1])
         self.first.pop(name, None)
 
+
+def weighted_loss(losses: Tensors, scale: LossScale, weights: dict[str, float], normalize: bool) -> Tensor:
+    """The sum of the losses, each multiplied by its weight.
+
+    weights: by name; 1 where there is none.
+    normalize: divide each loss by its running RMS."""
+    total = 0
+    for name, loss in losses.items():
+        weighted = weights.get(name, 1.0) * loss
+        if normalize:
+            weighted = weighted / scale.divisor(name, loss)
+        total = total + weighted
+    return total
+
 # %% ../../nbs/33_optimizers.ipynb #cell-33
-def pick_trainable(parts: nn.ModuleDict, names: list[str] | None) -> dict[str, nn.Parameter]:
+def pick_trainable(parts: nn.ModuleDict, names: list[str] | None) -> Parameters:
     """The parameters to train, by name.
 
     names: of modules, or of a module's part (`module.part`); None for all parameters that require a gradient.
@@ -207,14 +229,17 @@ def pick_trainable(parts: nn.ModuleDict, names: list[str] | None) -> dict[str, n
     for name in names:
         inside = {key for key in parameters if f"{key}.".startswith(f"{name}.")}
         if not inside:
-            raise UserError(f"trainable names '{name}', but no parameter is called so; the modules are {list(parts)}")
+            raise UserError(f"trainable names '{name}', but no parameter is called so; "
+                            f"the modules are {list(parts)}")
         chosen |= inside
     return {key: parameter for key, parameter in parameters.items() if key in chosen}
 
 # %% ../../nbs/33_optimizers.ipynb #cell-34
 @contextlib.contextmanager
-def training_only(parts: nn.ModuleDict, parameters: dict[str, nn.Parameter]) -> Iterator[None]:
-    "Inside, only `parameters` require a gradient and only their modules are in training mode; afterwards none is."
+def training_only(parts: nn.ModuleDict, parameters: Parameters) -> Iterator[None]:
+    """Inside, only `parameters` require a gradient and only their modules are in training mode.
+
+    Afterwards no module is."""
     required = {parameter: parameter.requires_grad for parameter in parts.parameters()}
     chosen = set(parameters.values())
     for parameter in required:

@@ -29,6 +29,7 @@ from ..method.imagination import ImaginationConfig, imagination_loss
 from ..method.streams import encode_stream
 from ..method.tokenizer import PerceptualLoss, Tokenizer, TokenizerConfig, tokenizer_loss
 from .loop import TrainConfig, fit
+from .ranks import Tensors
 
 # %% ../../nbs/35_phases.ipynb #cell-61
 def frame_statistics(batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
@@ -57,7 +58,9 @@ def slow_clips(config: TokenizerConfig, batch: int, length: int, slow_steps: int
     slow_steps: steps of the second part, 0 for none.
     `UserError` where a part has a single clip in a batch and a term that compares clips."""
     if slow_steps < 0:
-        raise UserError(f"slow_steps is {slow_steps}; give the number of steps of the second part, or 0 for none")
+        raise UserError(f"slow_steps is {slow_steps}; give the number of steps of the second part, "
+                        "or 0 for none")
+
     long = config.transformer.context + 1
     clips = max(1, batch * length // long)
     check_comparable(config, 0, batch, "give a batch of 2 or more")
@@ -68,14 +71,18 @@ def slow_clips(config: TokenizerConfig, batch: int, length: int, slow_steps: int
 
 
 def check_comparable(config: TokenizerConfig, part: int, clips: int, remedy: str) -> None:
-    "`UserError` with the remedy where a term compares the clips of a batch, and a part of the training has only one."
+    """`UserError` where a term compares the clips of a batch, and a part of the training has only one.
+
+    part: 0 or 1.
+    clips: in a batch of this part."""
     if clips >= 2:
         return
     weights = {"latent_std_weight": config.latent_std_weight, f"slowness[{part}]": config.slowness[part]}
     comparing = [f"{name}={weight:g}" for name, weight in weights.items() if weight]
     if comparing:
-        raise UserError(f"{' and '.join(comparing)} compare the clips of a batch, but in part {part + 1} of the "
-                        f"training it has one only; {remedy}, or turn this off as PLAIN_OBJECTIVE does")
+        names = " and ".join(comparing)
+        raise UserError(f"{names} compare the clips of a batch, but in part {part + 1} of the training it has "
+                        f"one only; {remedy}, or turn this off as PLAIN_OBJECTIVE does")
 
 # %% ../../nbs/35_phases.ipynb #c2d1376e
 STATISTICS_BATCHES = 32  # from which mean and standard deviation of the pixels are taken
@@ -99,15 +106,16 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
     batch, length: clips in a batch, and frames in a clip.
     focus: share of clips drawn from before the first reward.
     perceptual: weight of the perceptual term, 0 for none.
-    slow_steps: steps of a second part, saved apart, in which latents become slow (`config.slowness`), on as many
-        frames in longer clips: to find small things many unrelated frames are best, to compare neighbors they must
-        have a full past. With 0 the first part makes the tokenizer.
-    `UserError` for another number of backgrounds than of tasks, and for a single clip where clips are compared."""
+    slow_steps: steps of a second part, saved apart, in which latents become slow (`config.slowness`), on as
+        many frames in longer clips: to find small things many unrelated frames are best, to compare neighbors
+        they must have a full past. With 0 the first part makes the tokenizer.
+    `UserError` for another number of backgrounds than of tasks, and for a single clip where clips are
+    compared."""
     clips, long = slow_clips(config, batch, length, slow_steps)
     n_tasks = len(store.tasks)
     if config.n_backgrounds not in (1, n_tasks):
-        raise UserError(f"the tokenizer tells {config.n_backgrounds} backgrounds apart, but the data has {n_tasks} "
-                        f"tasks; give TokenizerConfig(n_backgrounds={n_tasks})")
+        raise UserError(f"the tokenizer tells {config.n_backgrounds} backgrounds apart, but the data has "
+                        f"{n_tasks} tasks; give TokenizerConfig(n_backgrounds={n_tasks})")
     seed_everything(train.seed)
     tokenizer = Tokenizer(config)
     draw = partial(Windows, focus=focus, pad=True)
@@ -126,7 +134,8 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
     for part, (name, steps, batches) in enumerate(parts):
         print0(batches.describe())
         loss_fn = partial(tokenizer_loss, perceptual=perceptual_loss, part=part)
-        fit(name, {"tokenizer": tokenizer}, loss_fn, batches, replace(train, steps=steps), run_dir, weights=weights,
+        own_train = replace(train, steps=steps)
+        fit(name, {"tokenizer": tokenizer}, loss_fn, batches, own_train, run_dir, weights=weights,
             model_config={"tokenizer": to_dict(config)})
     return tokenizer.eval()
 
@@ -167,12 +176,13 @@ def check_agent(config: AgentConfig, dynamics: DynamicsConfig, latents: LatentSt
         raise UserError(f"labels '{labels}' are not known; choose 'intended' or 'executed'")
     width = dynamics.transformer.width
     if (config.width, config.action_dim) != (width, dynamics.action_dim):
-        raise UserError(f"the agent has width {config.width} and {config.action_dim} action dimensions, the dynamics "
-                        f"{width} and {dynamics.action_dim}; give AgentConfig those of the dynamics")
+        raise UserError(f"the agent has width {config.width} and {config.action_dim} action dimensions, the "
+                        f"dynamics {width} and {dynamics.action_dim}; give AgentConfig those of the dynamics")
+
     cloned = latents.column("intended" if labels == "intended" else "actions")
     if config.policy == "bernoulli" and not np.isin(cloned, (0, 1)).all():
-        raise UserError("policy 'bernoulli' is for keys, pressed (1) or not (0), and the data has actions from "
-                        f"{cloned.min():.2g} to {cloned.max():.2g}; choose 'categorical' or 'gaussian'")
+        raise UserError("policy 'bernoulli' is for keys, pressed (1) or not (0), and the data has actions "
+                        f"from {cloned.min():.2g} to {cloned.max():.2g}; choose 'categorical' or 'gaussian'")
 
 
 def with_agent_tokens(dynamics: Dynamics, n_agent: int) -> Dynamics:
@@ -184,9 +194,10 @@ def with_agent_tokens(dynamics: Dynamics, n_agent: int) -> Dynamics:
 
 
 def executed_agent_loss(modules: dict[str, nn.Module], batch: Batch,
-                        generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                        generator: torch.Generator) -> tuple[Tensors, Tensors]:
     "`agent_loss`, in which the actions that were executed are cloned."
-    return agent_loss(modules, replace(batch, intended=batch.actions), generator)
+    executed = replace(batch, intended=batch.actions)
+    return agent_loss(modules, executed, generator)
 
 
 def largest_reward(latents: LatentStore) -> float:
@@ -201,13 +212,15 @@ AGENT_LOSS_WEIGHTS = {"cloning": 4.0}
 def train_agent(latents: LatentStore, dynamics: Dynamics, config: AgentConfig, train: TrainConfig,
                 run_dir: Path | None, batch: int = 32, length: int = 24, focus: float = 0.7,
                 labels: str = "intended") -> tuple[Dynamics, AgentHeads]:
-    """Phase 2: adds agent tokens to the pretrained `dynamics` and trains both with `fit`; returns (dynamics, heads).
+    """Phase 2: adds agent tokens to the pretrained `dynamics` and trains them and the heads with `fit`.
 
-    batch, length: windows in a batch, and frames in a window. Half of the rows are relevant (expert and medium
-        episodes), half uniform over the store.
+    batch, length: windows in a batch, and frames in a window. Half of the rows are relevant (expert and
+        medium episodes), half uniform over the store.
     focus: share of the relevant windows drawn from before the first reward.
     labels: which actions are cloned, those that the demonstrator "intended" or those that were "executed".
-    The losses are weighed by `AGENT_LOSS_WEIGHTS`, and the reward head reaches the largest reward of the data.
+
+    Returns (dynamics, heads). The losses are weighed by `AGENT_LOSS_WEIGHTS`, and the reward head reaches the
+    largest reward of the data.
     `UserError` for other labels, if the heads' width or action_dim is not that of the dynamics, and for keys
     ("bernoulli") where the data has other actions than 0 and 1."""
     check_agent(config, dynamics.config, latents, labels)
@@ -225,7 +238,8 @@ def train_agent(latents: LatentStore, dynamics: Dynamics, config: AgentConfig, t
     print0(f"agent, world: {every.describe()}")
     batches = Mixture([(good, half, True), (every, half, False)])
     loss_fn = agent_loss if labels == "intended" else executed_agent_loss
-    fit("agent", {"dynamics": dynamics, "heads": heads}, loss_fn, batches, train, run_dir, weights=AGENT_LOSS_WEIGHTS,
+    fit("agent", {"dynamics": dynamics, "heads": heads}, loss_fn, batches, train, run_dir,
+        weights=AGENT_LOSS_WEIGHTS,
         model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)})
     return dynamics.eval(), heads.eval()
 
@@ -252,28 +266,34 @@ def value_head_for(heads: AgentHeads, largest: float) -> tuple[ScalarHead, Agent
 
 # %% ../../nbs/35_phases.ipynb #c6788bc4
 def train_imagination(latents: LatentStore, world: WorldModel, heads: AgentHeads, config: ImaginationConfig,
-                      train: TrainConfig, run_dir: Path | None, batch: int = 64, focus: float = 0.7) -> AgentHeads:
+                      train: TrainConfig, run_dir: Path | None, batch: int = 64,
+                      focus: float = 0.7) -> AgentHeads:
     """Phase 3: trains copies of the policy and value heads in dreams; returns heads with them.
 
     latents: of the episodes whose contexts the dreams begin with.
     batch: dreams in a batch.
     focus: share of dreams that begin before the first reward.
+
     The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their RMS
-    here: PMPO's is a difference of log-likelihoods, and its size says nothing about its gradient. The value head's
-    bins reach the largest return of the data under γ; where the heads' own do not, a new value head is trained."""
+    here: PMPO's is a difference of log-likelihoods, and its size says nothing about its gradient. The value
+    head's bins reach the largest return of the data under γ; where the heads' own do not, a new value head is
+    trained."""
     seed_everything(train.seed)
     value, heads_config = value_head_for(heads, largest_return(latents, config.gamma))
     policy = copy.deepcopy(heads.policy)
     batches = Windows(latents, config.context, batch, train.seed, focus=focus)
     print0(f"imagination: {batches.describe()}")
+
     loss_fn = imagination_loss(world, heads, config, train.compile)
     history = fit("imagination", {"policy": policy, "value": value}, loss_fn, batches,
                   replace(train, normalize=False), run_dir,
                   model_config={"heads": to_dict(heads_config), "imagination": to_dict(config)})
+
     clamped = history[-1].get("clamped", 0.0) if history else 0.0
     if clamped > 0:
         print0(f"imagination: {clamped:.1%} of the returns lie outside ±{value.bins[-1]:.0f}, "
                "where the value head ends; raise value_range of the agent")
+
     trained = copy.deepcopy(heads)
     trained.config = heads_config
     trained.policy = policy
