@@ -185,8 +185,9 @@ def check_finite(name: str, losses: Tensors, step: int) -> None:
     "`UserError` that names a loss of the run `name` which is not finite at a step."
     for key, value in losses.items():
         if not math.isfinite(value):
-            raise UserError(f"{name}: '{key}' is {float(value)} at step {step}; nothing was saved over the last good "
-                            "checkpoint. Look for NaN in the data, or lower lr, or set dtype float32")
+            raise UserError(f"{name}: '{key}' is {float(value)} at step {step}; nothing was saved over the "
+                            "last good checkpoint. Look for NaN in the data, or lower lr, "
+                            "or set dtype float32")
 
 
 def summarize(name: str, measured: list[tuple[Tensors, Tensors]], step: int) -> dict[str, float]:
@@ -224,7 +225,7 @@ class Meter:
         self.frames += frames
 
     def record(self, name: str, step: int, config: TrainConfig) -> dict[str, float]:
-        "The record of the steps up to `step`, for `RunLog.add`; then starts anew. `UserError` as in `summarize`."
+        "The record of the steps up to `step`; then starts anew. `UserError` as in `summarize`."
         record = {"step": step}
         record |= summarize(name, self.measured, step)
         record["lr"] = learning_rate(config, step - 1)
@@ -317,7 +318,7 @@ def final_weights(parts: nn.ModuleDict, parameters: Parameters, average: Tensors
 
 # %% ../../nbs/34_loop.ipynb #cell-61
 class Trainer:
-    """One training run between its steps: modules, optimizer, averages and checkpoints, as this rank holds them.
+    """One training run between its steps, as this rank holds it: modules, optimizer, checkpoints.
 
     The arguments are those of `fit`."""
 
@@ -388,8 +389,8 @@ class Trainer:
         all_mean(torch.zeros(1, device=self.device)).item()
 
 # %% ../../nbs/34_loop.ipynb #f2410018
-def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], start: int, log: RunLog, bar: tqdm,
-              stop: threading.Event) -> int:
+def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], start: int, log: RunLog,
+              bar: tqdm, stop: threading.Event) -> int:
     """Train from step `start` to the last one, or until `stop` is set. Returns the step that was done last.
 
     batches, weights: as in `fit`.
@@ -404,8 +405,8 @@ def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], sta
 
     for step in range(start + 1, config.steps + 1):
         trainer.optimizer.zero_grad(set_to_none=True)
-        losses, metrics, frames = accumulate_gradients(step_module, stream, trainer.scale, weights, config, device,
-                                                       trainer.dtype)
+        losses, metrics, frames = accumulate_gradients(step_module, stream, trainer.scale, weights, config,
+                                                       device, trainer.dtype)
         norm = optimizer_step(trainer.parameters, trainer.optimizer, trainer.average, config, step)
         meter.add(losses | {"gradient": norm}, metrics, frames * trainer.world)
         bar.update()
@@ -440,11 +441,11 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     """Train `modules` and return the history: losses, metrics and speed for every `log_every` steps.
 
     name: of the run's files.
-    loss_fn: `loss_fn(modules, batch, generator)` gives `(losses, metrics)`, two dictionaries of scalars; each loss
-        is divided by its running RMS, multiplied by `weights.get(name, 1)`, and all are summed.
-    batches: `batches(i)` makes the i-th batch (a `Batch` or a tensor). Steps, accumulated parts and ranks are all
-        counted in i, so two ranks see what one process sees that accumulates two batches. The randomness of
-        batch i comes from `(seed, i)`, on the device that is trained on.
+    loss_fn: `loss_fn(modules, batch, generator)` gives `(losses, metrics)`, two dictionaries of scalars; each
+        loss is divided by its running RMS, multiplied by `weights.get(name, 1)`, and all are summed.
+    batches: `batches(i)` makes the i-th batch (a `Batch` or a tensor). Steps, accumulated parts and ranks are
+        all counted in i, so two ranks see what one process sees that accumulates two batches. The randomness
+        of batch i comes from `(seed, i)`, on the device that is trained on.
     run_dir: `name.train.safetensors` is saved there every `save_every` steps, and the run goes on from it;
         `name.safetensors` holds the final weights of all modules (the averaged ones if `config.ema`), called
         `module.parameter`, with `model_config`.

@@ -41,8 +41,8 @@ class TrainConfig:
     compile: bool = False
     # activation checkpointing: layers are run again in the backward pass, less memory for a third more work
     recompute: bool = False
-    # ranks that hold one copy of weights, gradients and moments between them (FSDP2; fewer than all: HSDP); 1 =
-    # each holds all, 0 = all ranks
+    # ranks that hold one copy of weights, gradients and moments between them (FSDP2; fewer
+    # than all: HSDP); 1 = each holds all, 0 = all ranks
     shard: int = 1
     device: str = "auto"  # auto, cpu, cuda
     seed: int = 0
@@ -54,8 +54,8 @@ class TrainConfig:
         if wrong:
             values = ", ".join(f"{name}={getattr(self, name)!r}" for name in wrong)
             raise UserError(f"TrainConfig: {values} out of range; expected steps, lr, clip, rms_floor, "
-                            "accumulate, log_every, save_every > 0, ema and rms_decay in [0, 1), decay_share in [0, 1], "
-                            "dtype auto, float32 or bfloat16")
+                            "accumulate, log_every, save_every > 0, ema and rms_decay in [0, 1), "
+                            "decay_share in [0, 1], dtype auto, float32 or bfloat16")
 
 
 def out_of_range(config: TrainConfig) -> list[str]:

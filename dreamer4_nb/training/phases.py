@@ -81,8 +81,8 @@ def check_comparable(config: TokenizerConfig, part: int, clips: int, remedy: str
     comparing = [f"{name}={weight:g}" for name, weight in weights.items() if weight]
     if comparing:
         names = " and ".join(comparing)
-        raise UserError(f"{names} compare the clips of a batch, but in part {part + 1} of the training it has "
-                        f"one only; {remedy}, or turn this off as PLAIN_OBJECTIVE does")
+        raise UserError(f"{names} compare the clips of a batch, but in part {part + 1} of the training it "
+                        f"has one only; {remedy}, or turn this off as PLAIN_OBJECTIVE does")
 
 # %% ../../nbs/35_phases.ipynb #c2d1376e
 STATISTICS_BATCHES = 32  # from which mean and standard deviation of the pixels are taken
@@ -274,10 +274,10 @@ def train_imagination(latents: LatentStore, world: WorldModel, heads: AgentHeads
     batch: dreams in a batch.
     focus: share of dreams that begin before the first reward.
 
-    The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their RMS
-    here: PMPO's is a difference of log-likelihoods, and its size says nothing about its gradient. The value
-    head's bins reach the largest return of the data under γ; where the heads' own do not, a new value head is
-    trained."""
+    The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their
+    RMS here: PMPO's is a difference of log-likelihoods, and its size says nothing about its gradient. The
+    value head's bins reach the largest return of the data under γ; where the heads' own do not, a new value head
+    is trained."""
     seed_everything(train.seed)
     value, heads_config = value_head_for(heads, largest_return(latents, config.gamma))
     policy = copy.deepcopy(heads.policy)

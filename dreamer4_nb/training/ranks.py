@@ -127,8 +127,9 @@ def transformers_in(module: nn.Module) -> list[BlockCausalTransformer]:
 
 
 def shard_module(loss_module: LossModule, mesh: DeviceMesh, dtype: torch.dtype, compile: bool) -> LossModule:
-    """The module with its weights spread over ranks, as rank 0 has them: each transformer layer for itself, and the rest.
+    """The module with its weights, as rank 0 has them, spread over ranks.
 
+    Each transformer layer is spread for itself, and then the rest.
     mesh: of `rank_mesh`.
     dtype: of the gathered weights; gradients are summed in float32.
     compile: compile each layer."""
@@ -197,8 +198,8 @@ def check_same_run(path: Path, saved: dict, asked: dict) -> None:
     """`UserError` naming what differs between the config in a checkpoint and the one asked for.
 
     path: the checkpoint, for the message.
-    saved, asked: {"training": settings, "model": settings}. Settings that one of them does not know are passed
-        over, and those that an earlier version saved count under the names that they have now."""
+    saved, asked: {"training": settings, "model": settings}. Settings that one of them does not know are
+        passed over, and those that an earlier version saved count under the names that they have now."""
     saved = current_names(saved)
     differing = []
     for part in ("training", "model"):
@@ -216,7 +217,7 @@ def read_shards(path: Path, like: Tensors, group: dist.ProcessGroup | None) -> T
     """A state that ranks wrote in parts, read by any number of ranks.
 
     path: the folder that holds the parts.
-    like: weights by name (`weights.name`); they, their moments and their average are read as these lie over ranks.
+    like: weights by name (`weights.name`); these, their moments and their average are read as they lie here.
     group: the ranks that read together; None if this process reads alone."""
     reader = HuggingFaceStorageReader(str(path))
     state = {}
@@ -286,7 +287,7 @@ class Checkpoints:
             self.pending.add_done_callback(complete)
 
     def finish(self) -> None:
-        "Wait until the last save is done. `UserError` if it could not be written; the state before it is there."
+        "Wait until the last save is done. `UserError` if it could not be written; the one before is intact."
         pending = self.pending
         self.pending = None
         if pending is None:
@@ -295,8 +296,9 @@ class Checkpoints:
             pending.result()
         except Exception as error:
             cause = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
-            raise UserError(f"the state of the run cannot be written to {self.folder} ({cause}); what was saved "
-                            "before is intact: free some space and run the same command again") from error
+            raise UserError(f"the state of the run cannot be written to {self.folder} ({cause}); what was "
+                            "saved before is intact: free some space and run the same command "
+                            "again") from error
 
     def load(self, like: Tensors) -> tuple[Tensors, dict]:
         """The last good state and its metadata.
