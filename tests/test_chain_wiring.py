@@ -1,6 +1,7 @@
 "The chain in a folder and studies on top of it: which data, weights, settings and seeds each part is given."
 import json
 import os
+import shutil
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -9,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb.runs import chain, study
+from dreamer4_nb.runs import chain, judge, study
 from dreamer4_nb.evaluation import closed_loop as evaluation
 from dreamer4_nb.method.agent import AgentConfig, Policy
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.runs.chain import Run, by_task, closed_loop, finish, measured, policies
-from dreamer4_nb.core import UserError
+from dreamer4_nb.runs.chain import Run, TaskView, by_task
+from dreamer4_nb.runs.folder import ORDER
+from dreamer4_nb.runs.judge import closed_loop, finish, measured, policies
+from dreamer4_nb.core import FORMER_NAMES, UserError, from_dict, load_checkpoint, save_checkpoint, write_json
 from dreamer4_nb.method.dynamics import DynamicsConfig
 from dreamer4_nb.method.imagination import ImaginationConfig
 from dreamer4_nb.runs.presets import (AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset,
@@ -22,7 +25,7 @@ from dreamer4_nb.runs.presets import (AgentPhase, DynamicsPhase, EvaluationPhase
 from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.runs.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
 from dreamer4_nb.method.tokenizer import TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig
+from dreamer4_nb.training.loop import TrainConfig, fit
 
 THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=6)
 SHORT = TrainConfig(steps=1, lr=1e-2, warmup=0, dtype="float32", device="cpu", log_every=1, save_every=1)
@@ -103,8 +106,8 @@ def made(preset, tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         calls = watch(monkeypatch, chain, *TRAIN)
         run = Run(tmp_path_factory.mktemp("run"), preset)
-        run.imagination
-    return SimpleNamespace(run=run, given={name: (args, kwargs) for name, args, kwargs in calls})
+        run.train("imagination")
+    return SimpleNamespace(run=run, view=by_task(run)[0], given={name: (args, kwargs) for name, args, kwargs in calls})
 
 
 def same(one, other):
@@ -148,6 +151,7 @@ def test_what_is_there_is_loaded_and_not_made_again(made, preset, monkeypatch):
     for name in TRAIN:
         monkeypatch.setattr(chain, name, None)
     again = Run(made.run.folder, preset)
+    again.train("imagination")
     parts = lambda run: (run.tokenizer, run.dynamics, *run.agent, run.imagination)
     pairs = list(zip(parts(again), parts(made.run)))
     assert all(same(*pair) for pair in pairs) and not same(again.imagination, again.agent[1])
@@ -170,21 +174,21 @@ def test_other_settings_are_refused_from_their_phase_on(made, preset, tmp_path, 
         return
     with pytest.raises(UserError, match="made with other settings"):
         Run(made.run.folder, other)
-    shared = chain.ORDER[:chain.ORDER.index(refused)]       # a branch that ends there may go on with them
+    shared = ORDER[:ORDER.index(refused)]       # a branch that ends there may go on with them
     assert set(branch(made.run, tmp_path, shared[-1], other).phases) == set(shared)
 
 
 def test_only_the_phase_that_was_asked_for_is_trained(preset, made, tmp_path):
     with pytest.raises(UserError, match="train tokenizer"):
-        Run(tmp_path / "a", preset, only="dynamics").dynamics
+        Run(tmp_path / "a", preset, only="dynamics").train("dynamics")
     trunk = branch(made.run, tmp_path / "b", "latents", preset).folder
-    Run(trunk, preset, only="dynamics").dynamics
+    Run(trunk, preset, only="dynamics").train("dynamics")
     with pytest.raises(UserError, match="train agent"):
-        Run(trunk, preset, only="imagination").imagination
+        Run(trunk, preset, only="imagination").train("imagination")
 
 
 def test_policies_differ_in_their_heads_and_share_their_seeds(made):
-    found = policies(made.run)
+    found = policies(made.view)
     assert list(found) == ["random", "cloning, sample", "PMPO, sample", "cloning, mean", "PMPO, mean"]
     assert all(list(seeds) == [70, 71, 72] for _, seeds in found.values())
     for name, (policy, _) in found.items():
@@ -196,19 +200,19 @@ def test_policies_differ_in_their_heads_and_share_their_seeds(made):
 
 
 def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
-    first = closed_loop(made.run)
-    assert [r.policy for r in first] == list(policies(made.run))
+    first = closed_loop(made.view)
+    assert [r.policy for r in first] == list(policies(made.view))
     assert all(r.seed.tolist() == [70, 71, 72] and r.decisions == 4 for r in first)
     assert len({tuple(r.returns) for r in first}) > 1
-    calls = watch(monkeypatch, chain, "evaluate_policy")
-    again = closed_loop(made.run)
+    calls = watch(monkeypatch, judge, "evaluate_policy")
+    again = closed_loop(made.view)
     assert not calls and [r.returns.tolist() for r in again] == [r.returns.tolist() for r in first]
-    assert [r.policy for r in closed_loop(made.run, ("PMPO",))] == ["PMPO, sample", "PMPO, mean"]
+    assert [r.policy for r in closed_loop(made.view, ("PMPO",))] == ["PMPO, sample", "PMPO, mean"]
     weights = made.run.folder / "imagination.safetensors"
     stamp = weights.stat().st_mtime
     os.utime(weights, (stamp + 1000, stamp + 1000))
     try:
-        closed_loop(made.run)
+        closed_loop(made.view)
     finally:
         os.utime(weights, (stamp, stamp))
     assert len(calls) == 4
@@ -218,8 +222,8 @@ def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
 def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, monkeypatch):
     run, path = made.run, made.run.folder / "metrics.json"
     path.unlink(missing_ok=True)
-    calls = watch(monkeypatch, chain, "tokenizer_report", "rollout_report")
-    found = measured(run)
+    calls = watch(monkeypatch, judge, "tokenizer_report", "rollout_report")
+    found = measured(made.view)
     (_, of_tokenizer, _), (_, of_dream, sizes) = calls
     held, train = (list(part.index) for part in run.split[::-1])
     assert of_tokenizer[0] is run.tokenizer
@@ -227,8 +231,8 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
     assert of_dream[0].tokenizer is run.tokenizer and of_dream[0].dynamics is run.dynamics      # of phase 1
     assert [list(store.index) for store in of_dream[1:3]] == [held, held]
     assert sizes["windows"] == 2 and sizes["length"] == LENGTH and found["dreams"] == 2
-    assert measured(run) == json.loads(path.read_text()) and len(calls) == 2
-    more = Run(run.folder, with_setting(run.asked, "evaluation.dreams", 1))
+    assert measured(made.view) == json.loads(path.read_text()) and len(calls) == 2
+    more, = by_task(Run(run.folder, with_setting(run.asked, "evaluation.dreams", 1)))
     assert measured(more)["dreams"] == 1 and len(calls) == 4
     os.utime(path, (1, 1))
     measured(more)
@@ -237,14 +241,15 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
 
 def test_the_dream_in_use_is_that_of_the_world_after_phase_2(made, monkeypatch):
     run = Run(made.run.folder, made.run.asked)
+    view, = by_task(run)
     (made.run.folder / "metrics.json").unlink(missing_ok=True)
-    calls = watch(monkeypatch, chain, "rollout_report")
-    found = measured(run, in_use=True)
+    calls = watch(monkeypatch, judge, "rollout_report")
+    found = measured(view, in_use=True)
     before, after = (args[0] for _, args, _ in calls)
     assert before.dynamics is run.dynamics and after is run.world and not same(before.dynamics, after.dynamics)
     assert found["dream"]["mean"] != found["dream_in_use"]["mean"]
-    assert measured(run, in_use=True) == found == measured(run) and len(calls) == 2
-    monkeypatch.setattr(chain, "figures", lambda run, dream: {})
+    assert measured(view, in_use=True) == found == measured(view) and len(calls) == 2
+    monkeypatch.setattr(judge, "figures", lambda view, dream: {})
     page, = finish(run)
     assert json.loads((run.folder / "results.json").read_text())["dream_in_use"] == found["dream_in_use"]
     assert "after phase 2" in page.read_text()
@@ -255,7 +260,7 @@ def test_seeds_of_the_data_are_refused_before_anything_is_trained(preset, tmp_pa
     monkeypatch.setattr(EpisodeStore, "seeds", property(lambda store: np.arange(len(store.lengths)) + 70))
     run = Run(tmp_path / "run", preset)
     with pytest.raises(UserError, match="3 of 3 seeds .* choose --first-seed 78"):
-        run.imagination
+        run.train("imagination")
     assert not list(run.folder.glob("*.safetensors")) and real.n_episodes == 8
 
 
@@ -275,16 +280,69 @@ def test_a_run_of_an_older_package_goes_on(made, monkeypatch):
         path.write_text(kept)
 
 
+def former(settings, names={new: old for old, new in FORMER_NAMES.items()}):
+    "Settings, at any depth, under the names that they had in a former version."
+    if not isinstance(settings, dict):
+        return settings
+    return {names.get(key, key): former(value) for key, value in settings.items()}
+
+
+def test_a_run_of_a_former_version_goes_on(made, preset, tmp_path, monkeypatch):
+    "Settings that were kept under former names, in phases.json, config.json and the headers of the checkpoints."
+    folder = tmp_path / "run"
+    shutil.copytree(made.run.folder, folder)
+    for name in ("phases.json", "config.json"):
+        text = (folder / name).read_text()
+        settings = former(json.loads(text))
+        assert json.dumps(settings) != json.dumps(json.loads(text))
+        write_json(folder / name, settings)
+    for path in folder.glob("*.safetensors"):
+        state, header = load_checkpoint(path)
+        save_checkpoint(path, state, former(header))
+    for name in TRAIN:
+        monkeypatch.setattr(chain, name, None)                   # is not called
+    asked = from_dict(Preset, json.loads((folder / "config.json").read_text()))
+    run = Run(folder, asked)
+    assert asked == preset and same(run.train("imagination"), made.run.imagination)
+    assert same(run.tokenizer, made.run.tokenizer) and same(run.agent[0], made.run.agent[0])
+
+
+def test_a_training_of_a_former_version_goes_on(preset, tmp_path):
+    "The state of a phase that was interrupted, whose settings it kept under former names."
+    class Stop(Exception):
+        pass
+
+    def stopping(step):
+        if step == 1:
+            raise Stop
+        return torch.ones(2, 3)
+
+    def train(batches):
+        modules = {"net": torch.nn.Linear(3, 1)}
+        config = {"net": {"n_backgrounds": 2, "slow_steps": 3}}
+        loss = lambda modules, batch, generator: ({"loss": modules["net"](batch).square().mean()}, {})
+        return fit("toy", modules, loss, batches, replace(SHORT, steps=2), tmp_path, model_config=config, progress=False)
+
+    with pytest.raises(Stop):
+        train(stopping)
+    path = tmp_path / "toy.train.safetensors"
+    state, metadata = load_checkpoint(path)
+    kept = former(metadata)
+    assert kept["model"]["net"] == {"scenes": 2, "settle": 3} and "normalise" in kept["training"]
+    save_checkpoint(path, state, kept)
+    assert [row["step"] for row in train(lambda step: torch.ones(2, 3))] == [1, 2]
+
+
 def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
-    monkeypatch.setattr(chain, "figures", lambda run, dream: {})
+    monkeypatch.setattr(judge, "figures", lambda view, dream: {})
     page, = finish(made.run)
     results = json.loads((made.run.folder / "results.json").read_text())
     assert page.exists() and results["task"] == TASK
     pairs = [(f"PMPO, {readout}", f"cloning, {readout}") for readout in ("sample", "mean")]
     compared = [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]]
     assert compared == [(*pair, measure) for measure in ("any", "returns") for pair in pairs]
-    assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.run))
-    assert results["tokenizer"] == measured(made.run)["tokenizer"] and results["dream"]["windows"] == 2
+    assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.view))
+    assert results["tokenizer"] == measured(made.view)["tokenizer"] and results["dream"]["windows"] == 2
 
 
 def test_each_task_is_judged_on_its_own_episodes(tmp_path):
@@ -294,15 +352,15 @@ def test_each_task_is_judged_on_its_own_episodes(tmp_path):
         store.extend([Episode(actions=np.zeros((3, 1)), rewards=np.zeros(3), frames=frames)] * 4)
         store.finish()
     split = EpisodeStore.open(str(tmp_path / "*.zarr")).split(0.5)
-    run = SimpleNamespace(preset=SimpleNamespace(tasks=("a", "b")), folder=tmp_path, split=split,
-                          latents=split[::-1], task="a", place=tmp_path)
+    run = SimpleNamespace(preset=SimpleNamespace(tasks=("a", "b")), folder=tmp_path, split=split, latents=split[::-1])
     views = by_task(run)
-    assert [(view.task, view.place) for view in views] == [("a", tmp_path / "a"), ("b", tmp_path / "b")]
+    assert [(view.task, view.results_dir) for view in views] == [("a", tmp_path / "a"), ("b", tmp_path / "b")]
     for view in views:
         for parts, whole in ((view.split, split), (view.latents, split[::-1])):
             own = [part.of_task(view.task) for part in whole]
             assert [list(part.index) for part in parts] == [list(part.index) for part in own]
-    assert run.place == tmp_path and by_task(SimpleNamespace(preset=SimpleNamespace(tasks=("a",)))) != views
+    alone = SimpleNamespace(preset=SimpleNamespace(tasks=("a",)), folder=tmp_path, split=split)
+    assert by_task(alone) == [TaskView(alone, "a", tmp_path)] and by_task(alone)[0].split is split
 
 
 # Studies
@@ -325,6 +383,8 @@ def test_a_branch_shares_the_parts_up_to_a_phase(made, preset, tmp_path):
     assert found.folder == tmp_path / "b" and not list(found.folder.glob("agent*"))
     assert list(found.latents[0].index) == list(made.run.latents[0].index)
     assert weights(found.folder, "dynamics") == weights(made.run.folder, "dynamics")
+    with pytest.raises(UserError, match="dreamer4 train agent --run"):
+        found.agent                                             # reading trains nothing
     assert branch(made.run, tmp_path / "b", "dynamics", preset).dynamics.config == made.run.dynamics.config
 
 
@@ -337,7 +397,7 @@ def studied(made):
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(evaluation, "VectorEnv", Room)
         monkeypatch.setattr(study, "dreamed_return", partial(dreamed_return, dreams=3, horizon=2))
-        calls = watch(monkeypatch, chain, "evaluate_policy")
+        calls = watch(monkeypatch, judge, "evaluate_policy")
         rows = study.study(made.run, agents=2, policies=2, **SIZE)
         one = dict(policies=1, **SIZE)
         strict = study.study(made.run, agents=2, setting="imagination.model.beta", value=1.0, **one)
@@ -393,7 +453,7 @@ def test_the_dreamed_return_is_of_held_out_starts_that_are_not_solved(made, monk
 
     monkeypatch.setattr(study, "imagine", noted)
     heads = made.run.imagination
-    assert dreamed_return(made.run, heads, dreams=7, horizon=9) == sum(range(21)) / 7
+    assert dreamed_return(made.view, heads, dreams=7, horizon=9) == sum(range(21)) / 7
     world, read, policy, batch, config = given[0]
     assert world is made.run.world and read is heads and policy is heads.policy
     assert config == replace(made.run.preset.imagination.model, horizon=9) and batch.rewards.shape == (7, 3)
@@ -406,7 +466,7 @@ def test_dreams_are_studied_from_the_phase_of_the_setting_on(made):
     assert [(r["setting"], r["value"], r["seed"]) for r in (plain, packed, again)] == [
         (None, None, 0), ("dynamics.model.pack", 4, 0), ("dynamics.model.pack", 4, 1)]
     assert plain["tokenizer"] == packed["tokenizer"] == again["tokenizer"]
-    assert plain["dream"] == measured(made.run)["dream"]["mean"]
+    assert plain["dream"] == measured(made.view)["dream"]["mean"]
     assert plain["dream"] != packed["dream"] != again["dream"]
     narrow, = dream_study(made.run, seeds=1, setting="tokenizer.model.d_latent", value=4)
     assert narrow["tokenizer"] != plain["tokenizer"]

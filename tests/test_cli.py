@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from dreamer4_nb.method.checkpoints import load_agent
-from dreamer4_nb.runs.chain import ship
+from dreamer4_nb.runs.judge import ship
 from dreamer4_nb.runs.presets import PRESETS
 from dreamer4_nb.runs.cli import main, parse
 from dreamer4_nb.core import UserError, asset

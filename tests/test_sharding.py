@@ -124,7 +124,7 @@ def test_ranks_that_cannot_be_grouped_are_refused(tmp_path):
 
 def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path):
     from dreamer4_nb.runs.cli import Train
-    line = next(line for line in Train.__doc__.splitlines() if "torchrun" in line).partition("torchrun ")[2]
+    line = " ".join(Train.__doc__.split()).partition("torchrun ")[2]
     assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.runs.cli train dynamics --preset base --run ")
     line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
     for phase in ("tokenizer", "dynamics"):

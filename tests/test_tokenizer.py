@@ -25,6 +25,7 @@ from dreamer4_nb.method.streams import coding_bytes, decode_stream, encode_strea
 from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, slowness_loss, draw_mask,
                                           gradient_difference, mean_of_valid, patchify, latent_std_loss,
                                           tokenizer_loss, unpatchify)
+from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import encode_store, frame_statistics, train_tokenizer
 from dreamer4_nb.training.loop import TrainConfig
 
@@ -463,8 +464,8 @@ NO_SPREAD, LATE = {"latent_std_weight": 0.0}, {"latent_std_weight": 0.0, "slowne
     ({"slowness": (0.0, 0.0)}, 1, 8, 0, "batch of 2"), ({}, 2, 2, 4, "batch x length of 8 or more"),
     ({}, 3, 2, 4, "slow_steps=0"), (LATE, 1, 4, 4, "slow_steps=0"), ({}, 4, 4, -1, "slow_steps")])
 def test_single_clips_are_refused_at_the_door(tmp_path, monkeypatch, config, batch, length, slow_steps, remedy):
-    monkeypatch.setattr(module, "fit", lambda *args, **kwargs: pytest.fail("a step was taken"))
-    monkeypatch.setattr(module, "Windows", lambda *args, **kwargs: pytest.fail("data was read"))
+    monkeypatch.setattr(phases, "fit", lambda *args, **kwargs: pytest.fail("a step was taken"))
+    monkeypatch.setattr(phases, "Windows", lambda *args, **kwargs: pytest.fail("data was read"))
     store = make(tmp_path / "a.zarr", "a", [20, 20])
     with pytest.raises(UserError, match=remedy):
         train_small(store, config, batch=batch, length=length, slow_steps=slow_steps)
@@ -485,7 +486,7 @@ def test_each_part_trains_as_it_should(tmp_path, monkeypatch, slow_steps):
     def noted(name, modules, loss, batches, train, run_dir, **kwargs):
         fits.append((name, loss.keywords["part"], train.steps, batches.length, batches.batch))
 
-    monkeypatch.setattr(module, "fit", noted)
+    monkeypatch.setattr(phases, "fit", noted)
     train_small(make(tmp_path / "a.zarr", "a", [20, 20]), batch=6, length=2, slow_steps=slow_steps)
     second = [("tokenizer", 1, 3, 4, 3)]
     assert fits == ([("tokenizer.draft", 0, 4, 2, 6)] + second if slow_steps else [("tokenizer", 0, 4, 2, 6)])
@@ -511,7 +512,7 @@ def test_training_without_a_second_part_goes_on_where_it_was_stopped(tmp_path, m
             raise KeyboardInterrupt
         return loss(*args, **kwargs)
 
-    monkeypatch.setattr(module, "tokenizer_loss", stopping)
+    monkeypatch.setattr(phases, "tokenizer_loss", stopping)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "broken")
     assert not (tmp_path / "broken" / "tokenizer.safetensors").exists()
@@ -528,7 +529,7 @@ def test_every_task_has_statistics_of_its_own_however_many_there_are(tmp_path):
     "Of 30 tasks, one frame value each, 32 batches of two clips do not show all."
     stores = [make(tmp_path / f"{k}.zarr", f"task {k}", [12] * (k + 1)).subset([k]) for k in range(30)]
     joined = EpisodeStore.join(stores)
-    model = train_small(joined, {"scenes": 30}, replace(FEW, steps=1), batch=2, length=2, slow_steps=0)
+    model = train_small(joined, {"n_backgrounds": 30}, replace(FEW, steps=1), batch=2, length=2, slow_steps=0)
     assert torch.isfinite(model.mean_frame).all() and torch.isfinite(model.std_frame).all()
     assert (model.mean_frame * 255 - torch.arange(30.0)[:, None, None, None]).abs().max() < 1e-3
 
@@ -536,7 +537,7 @@ def test_every_task_has_statistics_of_its_own_however_many_there_are(tmp_path):
 def test_a_task_of_one_episode_among_hundreds_has_statistics_of_its_own(tmp_path):
     many, one = make(tmp_path / "a.zarr", "a", [6] * 200), make(tmp_path / "b.zarr", "b", [3] * 251)
     joined = EpisodeStore.join([many, one.subset([250])])
-    config = PLAIN_OBJECTIVE | {"scenes": 2}
+    config = PLAIN_OBJECTIVE | {"n_backgrounds": 2}
     model = train_small(joined, config, replace(FEW, steps=1), batch=1, length=3, slow_steps=0)
     assert torch.allclose(model.mean_frame[1] * 255, torch.tensor(250.0)) and model.std_frame[1].max() < 1e-4
     assert 0 < model.mean_frame[0].mean() * 255 < 200 and model.std_frame[0].min() > 0.01
@@ -590,7 +591,7 @@ def test_bad_input_is_a_user_error(tokenizer, tmp_path):
                 lambda: TokenizerConfig(latent_std_weight=-1.0), lambda: TokenizerConfig(latent_std=0.0),
                 lambda: Tokenizer(TokenizerConfig(image=16)).set_statistics(clip[0, :1]),
                 lambda: encode_stream(tokenizer, torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)),
-                lambda: train_small(two_tasks, {"scenes": 3}),
+                lambda: train_small(two_tasks, {"n_backgrounds": 3}),
                 lambda: load_tokenizer(tmp_path / "missing.safetensors"), lambda: load_tokenizer(other),
                 lambda: load_tokenizer(foreign), lambda: ball_metrics(torch.rand(3, 3, 64, 64), torch.zeros(2, 2)), lambda: ball_position(torch.rand(3, 64, 64))]
     for number, mistake in enumerate(mistakes):

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from dreamer4_nb.method import agent, attention, dynamics, forcing, generation, imagination, tokenizer
+from dreamer4_nb.evaluation import metrics
+from dreamer4_nb.method import attention, dynamics, forcing
+from dreamer4_nb.training import phases
 from dreamer4_nb.method.agent import AgentConfig, AgentHeads, Policy, only_live
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
@@ -262,7 +264,7 @@ def test_a_report_measures_the_ball_where_it_is_at_that_frame(tmp_path, monkeypa
     store.extend([Episode(**rows), Episode(**rows)])
     store = store.finish()
     latents = encode_store(store, world.tokenizer, tmp_path / "latents.zarr")
-    monkeypatch.setattr(generation, "object_pixels", lambda task, states, *image: states)
+    monkeypatch.setattr(metrics, "object_pixels", lambda task, states, *image: states)
     found = rollout_report(world, store, latents, prefix=3, length=9, windows=2)["per_step"]["copy_last"]
     wanted = [np.hypot(5, 3) * (k + 1) for k in range(6)]
     for name in ("ball_error", "ball_error_median"):
@@ -321,14 +323,9 @@ def train_each(stores, **given):
     train_imagination(stores[1], world, heads, config, train, folder, batch=4, **given)
 
 
-def all_fits(monkeypatch):
-    return [recorded(monkeypatch, module) for module in (tokenizer, dynamics, agent, imagination)]
-
-
 def test_every_phase_draws_batches_as_it_was_told(stores, monkeypatch):
-    fits = all_fits(monkeypatch)
+    calls = recorded(monkeypatch, phases)
     train_each(stores)
-    calls = [call for found in fits for call in found]
     names = ["tokenizer.draft", "tokenizer", "dynamics", "agent", "imagination"]
     assert [call["name"] for call in calls] == names
     shapes = [tuple(call["batches"](0).actions.shape[:2]) for call in calls]
@@ -340,9 +337,9 @@ def test_every_phase_draws_batches_as_it_was_told(stores, monkeypatch):
 
 @pytest.mark.parametrize("focus", [0.0, 1.0])
 def test_every_phase_focuses_on_what_is_not_solved(stores, monkeypatch, focus):
-    fits = all_fits(monkeypatch)
+    calls = recorded(monkeypatch, phases)
     train_each(stores, focus=focus)
-    draft, settled, world, cloning, dreamed = [call["batches"] for found in fits for call in found]
+    draft, slow, world, cloning, dreamed = [call["batches"] for call in calls]
     for batches in (draft, world, dreamed):
         middle = torch.cat([batches(step).rewards[:, 2] for step in range(20)])
         assert (middle <= 0).all() == bool(focus)
@@ -351,17 +348,17 @@ def test_every_phase_focuses_on_what_is_not_solved(stores, monkeypatch, focus):
 
 
 def test_every_phase_has_a_seed_for_weights_and_batches(stores, monkeypatch):
-    fits = all_fits(monkeypatch)
+    calls = recorded(monkeypatch, phases)
     for seed in (0, 0, 1):
         train_each(stores, train=replace(SHORT, seed=seed))
-    for name, calls in zip(("tokenizer", "dynamics", "heads", None), fits):
-        n = len(calls) // 3
-        for runs in zip(calls[:n], calls[n:2 * n], calls[2 * n:]):
-            drawn = [torch.cat([run["batches"](step).rewards.flatten() for step in range(3)]) for run in runs]
-            assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
-            if name is not None:                # phase 3 begins with the heads it is given
-                begun = [nn.utils.parameters_to_vector(run["modules"][name].parameters()) for run in runs]
-                assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
+    n = len(calls) // 3
+    for *runs, name in zip(calls[:n], calls[n:2 * n], calls[2 * n:],
+                           ("tokenizer", "tokenizer", "dynamics", "heads", None), strict=True):
+        drawn = [torch.cat([run["batches"](step).rewards.flatten() for step in range(3)]) for run in runs]
+        assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        if name is not None:                # phase 3 begins with the heads it is given
+            begun = [nn.utils.parameters_to_vector(run["modules"][name].parameters()) for run in runs]
+            assert torch.equal(begun[0], begun[1]) and not torch.equal(begun[0], begun[2])
 
 
 def test_the_two_parts_of_a_mixture_draw_apart(stores):
@@ -373,7 +370,7 @@ def test_the_two_parts_of_a_mixture_draw_apart(stores):
 
 
 def test_phase_2_clones_good_episodes_and_sees_all(stores, monkeypatch):
-    calls = recorded(monkeypatch, agent)
+    calls = recorded(monkeypatch, phases)
     given = make_world(n_agent=0).dynamics
     train_agent(stores[1], given, AGENT, SHORT, None, batch=6, length=4, focus=1.0)
     drawn = [calls[0]["batches"](step) for step in range(30)]
@@ -389,8 +386,8 @@ def test_phase_2_clones_good_episodes_and_sees_all(stores, monkeypatch):
 
 @pytest.mark.parametrize("labels", ["intended", "executed"])
 def test_phase_2_clones_the_labels_it_was_told(stores, monkeypatch, labels):
-    calls, seen = recorded(monkeypatch, agent), []
-    monkeypatch.setattr(agent, "agent_loss", lambda modules, batch, generator: seen.append(batch))
+    calls, seen = recorded(monkeypatch, phases), []
+    monkeypatch.setattr(phases, "agent_loss", lambda modules, batch, generator: seen.append(batch))
     given = make_world(n_agent=0).dynamics
     train_agent(stores[1], given, AGENT, SHORT, None, batch=4, length=4, labels=labels)
     batch = calls[0]["batches"](0)
@@ -400,7 +397,7 @@ def test_phase_2_clones_the_labels_it_was_told(stores, monkeypatch, labels):
 
 
 def test_each_part_of_the_tokenizer_has_its_own_slowness(stores, monkeypatch):
-    calls = recorded(monkeypatch, tokenizer)
+    calls = recorded(monkeypatch, phases)
     frames = Windows(stores[0], 9, 3).at([0, 5, 9])
 
     def losses(slowness):
@@ -419,7 +416,7 @@ def test_each_part_of_the_tokenizer_has_its_own_slowness(stores, monkeypatch):
 
 
 def test_the_perceptual_term_counts_as_it_was_told(stores, monkeypatch):
-    calls = recorded(monkeypatch, tokenizer)
+    calls = recorded(monkeypatch, phases)
     for weight in (0.0, 0.3):
         train_tokenizer(stores[0], FRAMES, SHORT, None, batch=4, length=5, perceptual=weight)
     batch = calls[0]["batches"](0)
