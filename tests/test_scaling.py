@@ -1,5 +1,6 @@
 "The clock, the benchmark's bookkeeping, and predictions against stored runs. No test asserts a speed."
-import itertools, json
+import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
-from dreamer4_nb.runs.costs import MACHINES, Shape, build, count_parameters, predict, random_batches
+from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batches
+from dreamer4_nb.runs.memory import MACHINES, predict
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation.closed_loop import text_table
 from dreamer4_nb.method.generation import WorldModel
@@ -120,7 +122,7 @@ def test_stream_has_a_full_cache():
     dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(getattr(kwargs["cache"], "cache", kwargs["cache"]).past), with_kwargs=True)
     latents, actions = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2)
     with torch.no_grad():
-        calls = scaling._stream(MICRO, world, latents, actions, CPU)
+        calls = scaling.streaming_calls(MICRO, world, latents, actions, CPU)
         seen.clear()
         for call in (calls["frame"], calls["frame"], calls["frame_decoded"]):
             call()
@@ -183,7 +185,7 @@ def test_compiled_or_recomputed_training_is_plain_training(way):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][2]
 
 
-# Foretold and measured
+# Predicted and measured
 
 @pytest.mark.parametrize("file", ["peers", "peers_compiled", "peers_float32", "tiny", "tiny_float32"])
 def test_predicted_steps_against_measured_ones(file):
