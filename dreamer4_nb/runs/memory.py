@@ -20,7 +20,9 @@ from ..core import UserError, row_chunks
 from ..method.attention import TransformerConfig
 from ..method.blocks import BlockCausalTransformer
 from ..method.streams import LONGEST, coding_bytes, inference_bytes
-from ..method.agent import AgentConfig
+from ..method.tokenizer import Tokenizer
+from ..method.dynamics import Dynamics
+from ..method.agent import AgentConfig, AgentHeads
 from .costs import (ForwardPass, Shape, build, costs, count_parameters, forward_flops,
                                     layer_tokens, meta_parts, passes, pick_named, pick_shape,
                                     spatial_rectangles, teacher_share, transformers, used_heads)
@@ -129,10 +131,10 @@ def _kept(runs: list[tuple[BlockCausalTransformer, ForwardPass]], ends: int, hal
     return Activations(kept, largest)
 
 
-def tokenizer_activations(shape: Shape, half: bool, fused: bool, recompute: bool, casts: bool) -> Activations:
+def tokenizer_activations(shape: Shape, tokenizer: Tokenizer, half: bool, fused: bool, recompute: bool,
+                          casts: bool) -> Activations:
     "What a training step of the tokenizer keeps; for the arguments see `activations`."
     t = shape.tokenizer
-    tokenizer = meta_parts(shape).tokenizer
     clips, length = shape.tokenizer_clips
     itemsize = 2 if half else 4
     pixels = (itemsize + 8) * t.n_patches * t.d_patch
@@ -150,10 +152,10 @@ def tokenizer_activations(shape: Shape, half: bool, fused: bool, recompute: bool
     return _kept([(coder, run) for coder in coders], ends, half, fused, recompute)
 
 
-def world_activations(shape: Shape, half: bool, fused: bool, recompute: bool, casts: bool) -> Activations:
+def world_activations(shape: Shape, dynamics: Dynamics, heads: AgentHeads | None, half: bool, fused: bool,
+                      recompute: bool, casts: bool) -> Activations:
     "What a training step of dynamics, or of an agent, keeps; for the arguments see `activations`."
     d = shape.dynamics
-    _, dynamics, heads = meta_parts(shape)
     runs = passes(shape)
     itemsize = 2 if half else 4
     latents = d.n_tokens * d.d_token
@@ -180,8 +182,10 @@ def activations(shape: str | Shape, half: bool, fused: bool = False, recompute: 
     recompute: whether layers keep their input alone, as in `TrainConfig`
     casts: whether the bfloat16 copies of the weights count that autocast makes"""
     shape = pick_shape(shape)
-    return {"tokenizer": tokenizer_activations(shape, half, fused, recompute, casts),
-            shape.world_name: world_activations(shape, half, fused, recompute, casts)}
+    tokenizer, dynamics, heads = meta_parts(shape)
+    coding = tokenizer_activations(shape, tokenizer, half, fused, recompute, casts)
+    world = world_activations(shape, dynamics, heads, half, fused, recompute, casts)
+    return {"tokenizer": coding, shape.world_name: world}
 
 # %% ../../nbs/43_memory.ipynb #cell-28
 def saved_bytes(function: Callable[[], object], module: nn.Module) -> int:
