@@ -8,7 +8,6 @@ __all__ = ['Calls', 'CPU_LIMIT', 'ITEMS', 'GROWN', 'AXES', 'Timing', 'wait_for',
            'summarize_timings', 'bench', 'bench_table', 'exponent', 'grow', 'saved_in_step', 'growth']
 
 # %% ../../nbs/44_bench.ipynb #cell-2
-import itertools
 import platform
 import resource
 import time
@@ -19,13 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import dreamer4_nb
 from ..core import (Batch, UserError, autocast, cast_linear, pick_device, pick_dtype,
                               seed_everything)
 from ..method.attention import TransformerConfig
-from ..method.tokenizer import Tokenizer, TokenizerConfig
+from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from ..method.generation import WorldModel
 from ..training.loop import TrainConfig

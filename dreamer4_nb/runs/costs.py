@@ -307,7 +307,7 @@ def world_flops(shape: Shape, transformer: BlockCausalTransformer,
         forward += 2 * shape.batch * shape.length * trained
     return forward, teacher
 
-
+# %% ../../nbs/42_costs.ipynb #655bdbef
 def _cost_row(parameters: int, transformer: BlockCausalTransformer, forward: float, teacher: float,
               frames: int) -> dict[str, float]:
     "The figures of `costs` for one model. `transformer` is the one that streams; `frames` are a step's."

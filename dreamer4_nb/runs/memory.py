@@ -59,7 +59,7 @@ def fused_attention_bytes(c: TransformerConfig, time: bool, masked: bool, frames
         each_key = 3 * kv_width + (c.width if queries == keys else 0)
     return itemsize * (2 * c.width * queries + each_key * keys) + 4 * c.heads * queries
 
-
+# %% ../../nbs/43_memory.ipynb #d0d9901b
 class LayerBytes(NamedTuple):
     "Bytes of a layer, for one frame."
     input: int
@@ -109,7 +109,7 @@ def weight_casts(modules: list[nn.Module]) -> int:
     layers = [layer for module in modules for layer in module.modules() if isinstance(layer, nn.Linear)]
     return sum(2 * layer.weight.numel() for layer in layers)
 
-
+# %% ../../nbs/43_memory.ipynb #d4e952c8
 class Activations(NamedTuple):
     "Bytes that a training step keeps for its backward pass."
     kept: int
@@ -173,7 +173,7 @@ def world_activations(shape: Shape, dynamics: Dynamics, heads: AgentHeads | None
             ends -= len(runs) * weight_casts([dynamics.transformer])
     return _kept([(dynamics.transformer, run) for run in runs], ends, half, fused, recompute)
 
-
+# %% ../../nbs/43_memory.ipynb #4168804a
 def activations(shape: str | Shape, half: bool, fused: bool = False, recompute: bool = False,
                 casts: bool = True) -> dict[str, Activations]:
     """What a training step keeps for its backward pass: {"tokenizer": ..., "dynamics" (or "agent"): ...}.
