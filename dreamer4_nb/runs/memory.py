@@ -151,7 +151,7 @@ def tokenizer_activations(shape: Shape, tokenizer: Tokenizer, half: bool, fused:
     run = ForwardPass(clips, length, length > t.transformer.context)
     return _kept([(coder, run) for coder in coders], ends, half, fused, recompute)
 
-
+# %% ../../nbs/43_memory.ipynb #b04ae875
 def world_activations(shape: Shape, dynamics: Dynamics, heads: AgentHeads | None, half: bool, fused: bool,
                       recompute: bool, casts: bool) -> Activations:
     "What a training step of dynamics, or of an agent, keeps; for the arguments see `activations`."
