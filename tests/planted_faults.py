@@ -63,7 +63,7 @@ NEAREST = {
 CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generation", "chain_wiring",
             "evaluation", "agent", "training", "imagination", "stores", "data", "tokenizer", "endings",
             "presets"]
-METHOD = ["flow", "shortcut", "forcing", "attention", "blocks",
+METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "pruned",
           "tokenizer", "dynamics", "generation", "agent", "imagination"]
 WIRING = ["loop", "phases", "windows", "ball", "metrics", "dream_env", "closed_loop", "statistics", "report",
           "study", "chain"]
@@ -90,7 +90,8 @@ SAID = {"print", "say", "tqdm", "check_shape", "use_style", "isinstance", "super
 # (what, module, pattern that fits once, what takes its place)
 KNOWN = [
     ("fused attention repeats heads in another order", "attention",
-     r"(\w+)\.repeat_interleave\((\w+), (?:1|-3|dim=1|dim=-3)\)", r"\1.repeat(1, \2, 1, 1)"),
+     r"keys\.repeat_interleave\(shared, 1\)\n(\s+)values = values\.repeat_interleave\(shared, 1\)",
+     r"keys.repeat(1, shared, 1, 1)\n\1values = values.repeat(1, shared, 1, 1)"),
     ("train_dynamics sets no statistics", "phases", r"\n    dynamics\.set_statistics\([^\n]*\)\n", "\n"),
     ("the streaming policy passes the action one step late", "agent",
      r"self\.world\.observe\(self\.dream, latents, self\.action\[:, None\]([^\n]*)\)\n",
@@ -101,7 +102,7 @@ KNOWN = [
     ("the parts of a mixture share one seed", "windows", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
     ("the tokenizer's second part keeps the slowness of the first", "phases",
      r"partial\(loss, part=part\)", "loss"),
-    ("video_loss forgets the bound of the bootstrap", "dynamics", r", c\.clip\b", ""),
+    ("video_loss forgets the bound of the bootstrap", "dynamics", r"(\n\s+)c\.clip,", r"\1None,"),
     ("the first half step is told the whole step", "shortcut", r"f\((z_tau, i), j_half\)", r"f(\1, j)"),
     ("the second half step is told the first one's level", "shortcut",
      r"f\((z_mid), i \+ half, ", r"f(\1, i, "),
