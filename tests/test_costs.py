@@ -8,6 +8,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from helpers.shapes import MICRO, THIN
 
 from dreamer4_nb.method import attention
 from dreamer4_nb.method.agent import AgentConfig, Policy
@@ -26,9 +27,6 @@ from dreamer4_nb.method.tokenizer import TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
-MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
-              batch=4, length=6, context=2, generated=2)
 
 
 # Shapes

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.shapes import MICRO, THIN
 
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
@@ -21,9 +22,6 @@ from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig, fit
 
 CPU = torch.device("cpu")
-THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
-MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
-              batch=4, length=6, context=2, generated=2)
 KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps", "generate_fps", "frame_ms", "frame_decoded_ms", "peak_gflops_fp32",
         "peak_gflops_bf16", "tokenizer_train_share", "dynamics_train_share", "peak_memory_mb", "versions", "spread", "calls", "gflops", "parameters",
         "shape", "dtype", "compile", "recompute", "seconds", "device", "cpu", "threads", "date"}
