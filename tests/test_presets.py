@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shrunk_presets import noise_store, shrunk
+from helpers.shrunk_presets import noise_store, shrunk
 
 from dreamer4_nb.runs import presets
 from dreamer4_nb.method.agent import AgentHeads

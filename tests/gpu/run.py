@@ -28,8 +28,8 @@ stand_ins.install()
 import numpy as np
 import torch
 from apart import Note, Work, last_lines, noted
-from toy_presets import thin_preset, thin_shape
-from toy_stores import make_moving
+from helpers.toy_presets import thin_preset, thin_shape
+from helpers.toy_stores import make_moving
 
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
