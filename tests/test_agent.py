@@ -29,7 +29,7 @@ def make_modules(seed=0):
     "A small world and heads whose output layers are not near zero, so that what could matter does."
     torch.manual_seed(seed)
     dynamics, heads = Dynamics(WORLD), AgentHeads(AGENT)
-    for layer in (dynamics.to_latent, heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1]):
+    for layer in (dynamics.to_latent, heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1]):
         torch.nn.init.normal_(layer.weight, std=0.3)
     return {"dynamics": dynamics, "heads": heads}
 
@@ -282,7 +282,7 @@ def test_the_continue_head_learns_real_ends_and_not_truncations(ending_latents):
     index = torch.full(shape, s.ctx_index), torch.full(shape, s.ctx_j)
     with torch.no_grad():
         _, h = dynamics(dynamics.normalize(batch.latents), *index, batch.actions, batch.action_known, heads.tokens(batch.task))
-        chance = heads.goes_on(h)
+        chance = heads.continues(h)
     ends = batch.continues == 0
     assert ends.sum() == 12 and ends[1::2, -1].all()
     assert chance[ends].max() < 0.5 < chance[~ends].min()

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from dreamer4_nb.method.attention import TransformerConfig, apply_rope
-from dreamer4_nb.method.blocks import BlockCausalTransformer, TokenLayout
+from dreamer4_nb.method.blocks import BlockCausalTransformer, TokenLayout, empty_cache, mask_rectangles
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.data.windows import Windows
+from dreamer4_nb.method.pruned import prune
 
 SHAPE = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=3)
 
@@ -59,25 +60,26 @@ def test_leaving_out_what_nobody_reads_changes_nothing(depth, time_every):
     "Outputs, gradients and streams, wherever the time layers stand; `other` sees groups that are not neighbours."
     torch.manual_seed(0)
     config = TransformerConfig(width=16, depth=depth, heads=2, kv_heads=1, time_every=time_every, context=3)
-    whole, pruned = BlockCausalTransformer(config, LAYOUT), BlockCausalTransformer(config, LAYOUT, read=("read",))
+    whole, pruned = BlockCausalTransformer(config, LAYOUT), BlockCausalTransformer(config, LAYOUT)
+    prune(pruned, 3)
     pruned.load_state_dict(whole.state_dict())
     x = torch.randn(2, 7, LAYOUT.size, 16, requires_grad=True)
     wish, grads = torch.randn(2, 7, 3, 16), []
     for f in (whole, pruned):
         y = f(x)[:, :, :3]
         grads.append(torch.autograd.grad((y * wish).sum(), x)[0])
-    torch.testing.assert_close(pruned(x), whole(x)[:, :, :3], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(pruned(x)[:, :, :3], whole(x)[:, :, :3], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
     with torch.no_grad():
-        cache = pruned.init_cache(2)
+        cache = empty_cache(pruned, 2)
         streamed = torch.cat([pruned(frame, cache) for frame in x.split(1, dim=1)], 1)
     torch.testing.assert_close(streamed, pruned(x), atol=1e-5, rtol=1e-5)
 
 
-def test_pieces_cover_the_visibility_table_once():
+def test_rectangles_cover_the_visibility_table_once():
     covered = torch.zeros(LAYOUT.size, LAYOUT.size, dtype=torch.int)
-    for rows, columns in LAYOUT.pieces():
+    for rows, columns in mask_rectangles(LAYOUT):
         covered[rows, columns] += 1
     assert torch.equal(covered, LAYOUT.mask().int())
     with pytest.raises(UserError, match="first"):
-        BlockCausalTransformer(TransformerConfig(width=16, heads=2, kv_heads=1), LAYOUT, read=("other",))
+        BlockCausalTransformer(TransformerConfig(width=16, heads=2, kv_heads=1), LAYOUT, queries=("other",))

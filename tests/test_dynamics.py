@@ -8,8 +8,10 @@ import torch
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.core import Batch
+from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.method.checkpoints import load_dynamics
-from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, draw_segments, dynamics_loss, video_loss
+from dreamer4_nb.method.dynamics import (Dynamics, DynamicsConfig, draw_segments, dynamics_loss,
+                                         set_latent_statistics, video_loss)
 from dreamer4_nb.method.forcing import Schedule, noise_context
 
 B, T = 3, 7
@@ -176,13 +178,13 @@ def test_unlabelled_video_and_single_images_train_no_action_embedding():
 def test_normalise_and_back():
     model = make_model()
     latents = make_batch(SMALL).latents
-    model.set_statistics(latents.mean((0, 1)), latents.std((0, 1)))
+    set_latent_statistics(model, latents.mean((0, 1)), latents.std((0, 1)))
     z = model.normalize(latents)
     assert z.shape == (8, T, 2, 12) and z.mean().abs() < 1e-5 and abs(z.std().item() - 1) < 0.01
     torch.testing.assert_close(model.denormalize(z), latents)
     resting = torch.ones(4, 6)
     resting[0, 0] = 0
-    model.set_statistics(torch.zeros(4, 6), resting)
+    set_latent_statistics(model, torch.zeros(4, 6), resting)
     assert model.latent_std.min() > 0.05                        # a channel at rest is not blown up
 
 
@@ -218,7 +220,7 @@ def test_training_on_committed_context_is_what_the_stream_meets():
     inputs = committed_inputs(model)
     with torch.no_grad():
         x_hat, h = model(**inputs)
-        cache, schedule = model.init_cache(B), model.config.schedule
+        cache, schedule = empty_cache(model.transformer, B), model.config.schedule
         for t in range(T):
             now = {k: v if k == "agent" else v[:, t:t + 1] for k, v in inputs.items() if k != "context"}
             torch.testing.assert_close(model(**now, cache=cache, commit=False)[0], x_hat[:, t:t + 1], atol=1e-5, rtol=1e-5)

@@ -97,10 +97,10 @@ def test_an_end_goes_from_the_collector_to_the_batch(lives, tmp_path, monkeypatc
         for length in (3, 31):                                # longer than those that ended: padded
             windows = Windows(store, length, 4, pad=True)
             batch = windows.at(range(windows.n_windows))
-            for row, owner, first in zip(batch.continues, windows.owner, windows.offset):
+            for row, owner, first in zip(batch.continues, windows.episode_index, windows.first_frame):
                 expected = [t for t in range(length) if first + t == ends[owner]]
                 assert np.flatnonzero(row == 0).tolist() == expected
-        assert sorted(set(windows.owner)) == list(range(6))
+        assert sorted(set(windows.episode_index)) == list(range(6))
 
 
 def test_frames_can_be_as_large_as_the_largest_preset_asks_for():

@@ -10,6 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from dreamer4_nb.method import imagination
+from dreamer4_nb.training import phases
 from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, PolicyHead,
                                       ScalarHead, covering_range)
 from dreamer4_nb.method.attention import TransformerConfig
@@ -33,7 +34,7 @@ def make_agent(seed=0):
     t = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
     world = WorldModel(Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=t)), Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=t)))
     heads = AgentHeads(AgentConfig(width=32, hidden=32, mtp=2))
-    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1], world.dynamics.to_latent):
+    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1], world.dynamics.to_latent):
         nn.init.normal_(layer.weight, std=0.3)
     return world.eval(), heads.eval()
 
@@ -133,7 +134,7 @@ def test_what_comes_after_an_end_teaches_nothing():
         return choice
 
     learners["policy"].forward = watched
-    heads.goes_on = lambda h: torch.tensor([1.0, 0.0, 1.0, 1.0]).expand(h.shape[:2]) if h.shape[1] == 4 else torch.ones(h.shape[:2])
+    heads.continues.forward = lambda h: torch.tensor([1.0, 0.0, 1.0, 1.0]).expand(h.shape[:2]) if h.shape[1] == 4 else torch.ones(h.shape[:2])
     loss_fn = imagination_loss(world, heads, SHORT)
     batch = make_contexts()
     batch.continues[3, -1] = 0                                    # the last real frame of row 3 is an end already
@@ -156,7 +157,7 @@ def test_dead_action_dimensions_stay_zero_in_dreams():
 def test_compiling_reaches_the_world_that_dreams(monkeypatch):
     world, heads = make_agent()
     compiled = []
-    monkeypatch.setattr(WorldModel, "compile", lambda self, **options: compiled.append(self))
+    monkeypatch.setattr(imagination, "compile_world", compiled.append)
     imagination_loss(world, heads, SHORT)
     assert not compiled
     imagination_loss(world, heads, SHORT, compile=True)
@@ -199,7 +200,7 @@ def test_the_value_head_reaches_the_largest_return_of_the_data(tmp_path, monkeyp
         def __call__(self, step): return make_contexts(seed=step)
         def describe(self): return "made up"
 
-    monkeypatch.setattr(imagination, "Windows", Contexts)
+    monkeypatch.setattr(phases, "Windows", Contexts)
     few = TrainConfig(steps=2, warmup=1, log_every=1, save_every=1, dtype="float32", device="cpu")
     trained = train_imagination(latents, world, heads, replace(SHORT, gamma=0.997), few, tmp_path, batch=4)
     assert heads.value.bins[-1] < 403 < 666 < trained.value.bins[-1] < 668 and trained.value.clamped(torch.tensor(660.0)) == 0
@@ -305,7 +306,7 @@ def test_pmpo_finds_the_known_best_policy():
     heads = AgentHeads(AgentConfig(width=N, hidden=32, mtp=0, action_dim=1, policy="bernoulli"))
     heads.policy.net[-1].bias.data.fill_(-0.847)                      # a prior that goes left with 70%
     heads.reward.forward = lambda h: h[..., 0, :] @ PAY
-    heads.goes_on = lambda h: h[..., 0, :] @ GOES_ON
+    heads.continues.forward = lambda h: h[..., 0, :] @ GOES_ON
     learners = make_learners(heads)
     loss_fn = imagination_loss(Chain(), heads, ImaginationConfig(context=1, horizon=8, gamma=GAMMA))
     optimizer = torch.optim.Adam([p for m in learners.values() for p in m.parameters()], lr=1e-2)

@@ -7,93 +7,224 @@ __all__ = ['load_demonstrations', 'demonstrations_report']
 
 # %% ../../nbs/31_demonstrations.ipynb #2ef9cd64
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 from ..core import UserError, asset, cache_dir
-from .envs import object_pixels, render_states, solved
-from .stores import Episode, EpisodeStore, QUALITIES, VERSION, atomic_store
+from .arrays import VERSION, atomic_store
+from .envs import object_pixels, render_states
+from .stores import QUALITIES, Episode, EpisodeStore
+from .tasks import solved
 
 # %% ../../nbs/31_demonstrations.ipynb #cell-67
-def _shipped(task) -> tuple[dict, str]:
-    "The shipped states and actions of a task and the hash of their file."
+def _shipped(task: str) -> tuple[dict[str, np.ndarray], str]:
+    "The shipped states and actions of a task, and the hash of their file."
     path = asset(f"demos_{task}.npz")
     try:
-        with np.load(path, allow_pickle=False) as f: data = {k: f[k] for k in f.files}
-    except Exception as e: raise UserError(f"{path} cannot be read ({type(e).__name__}); it is cut short: install the package again") from e
+        with np.load(path, allow_pickle=False) as file:
+            data = {name: file[name] for name in file.files}
+    except Exception as error:  # a file that is cut short fails in many ways
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); it is cut short: "
+                        "install the package again") from error
     return data, hashlib.sha256(Path(path).read_bytes()).hexdigest()[:8]
 
-def load_demonstrations(task="ball_in_cup-catch", episodes=None, image=64, workers=2, progress=True) -> EpisodeStore:
-    """The demonstrations of `task` that ship with the package as states and actions, rendered to frames (image, image, 3)
-    on first use into `cache_dir()` and opened from there afterwards. `episodes=n`: the first n, of mixed quality, or all where fewer ship.
-    Several tasks in a tuple: the `EpisodeStore.join` of their demonstrations, the first n of each.
-    Seeds come along, and continues where the file has them; where it has none, all are 1.
-    Two processes may call it at once; one that is killed leaves nothing behind that a later call would trust."""
-    if not isinstance(task, str): return EpisodeStore.join([load_demonstrations(t, episodes, image, workers, progress) for t in task])
-    data, digest = _shipped(task)
-    lengths, total = data["lengths"].astype(int), len(data["lengths"])
-    n = total if episodes is None else min(int(episodes), total)
-    if n < 1: raise UserError(f"episodes={episodes}; expected 1 or more ({total} ship for {task})")
-    place = lambda k: cache_dir() / "demonstrations" / f"{task}-{image}px-{k}of{total}-v{VERSION}-{digest}.zarr"
-    if place(total).exists(): return EpisodeStore.open(place(total)).subset(np.arange(n)) if n < total else EpisodeStore.open(place(total))
-    if place(n).exists(): return EpisodeStore.open(place(n))
+
+def _pieces(lengths: np.ndarray, frames: int = 500) -> list[range]:
+    "Numbers of whole episodes that follow each other, in pieces of at most about `frames` frames."
     ends = np.cumsum(lengths)
-    first, pieces = 0, []                                          # whole episodes, about 500 frames at a time
-    while first < n:
-        last = max(first + 1, int(np.searchsorted(ends[:n], ends[first] - lengths[first] + 500, side="right")))
-        pieces.append(range(first, last)); first = last
-    with atomic_store(place(n)) as beside:
-        store = EpisodeStore.create(beside, task, data["actions"].shape[1], (image, image, 3), data["states"].shape[1], source=f"demos_{task}.npz", digest=digest)
-        bar = tqdm(total=int(ends[n - 1]), desc=f"rendering {task} (first use)", unit="frame", disable=not progress, leave=False)
-        for group in pieces:
-            rows = slice(int(ends[group[0]] - lengths[group[0]]), int(ends[group[-1]]))
-            frames = render_states(task, data["states"][rows].astype(np.float64), image=image, workers=workers)
-            cut = np.cumsum(lengths[group[0]:group[-1] + 1])[:-1]
-            names = ("states", "actions", "intended", "rewards", "continues")
-            columns = {k: data[k][rows].astype(np.float32) for k in names if k in data}
-            columns["frames"] = np.asarray(frames)
-            by_episode = {k: np.split(v, cut) for k, v in columns.items()}
-            store.extend([Episode(**{k: v[j] for k, v in by_episode.items()}, task=task,
-                                  quality=str(data["quality"][i]), seed=int(data["seeds"][i]))
-                          for j, i in enumerate(group)])
-            bar.update(rows.stop - rows.start)
-        bar.close()
+    pieces = []
+    first = 0
+    while first < len(lengths):
+        start = ends[first] - lengths[first]
+        fitting = int(np.searchsorted(ends, start + frames, side="right"))
+        last = max(first + 1, fitting)
+        pieces.append(range(first, last))
+        first = last
+    return pieces
+
+
+def _render_piece(task: str, data: dict[str, np.ndarray], piece: range, image: int,
+                  workers: int) -> list[Episode]:
+    """The episodes of a piece, with frames.
+
+    data: of all that ships for the task.
+    piece: numbers of the episodes.
+    image: pixels on a side.
+    """
+    ends = np.cumsum(data["lengths"].astype(int))
+    starts = ends - data["lengths"]
+    first = starts[piece[0]]
+    last = ends[piece[-1]]
+    states = data["states"][first:last].astype(np.float64)
+    frames = render_states(task, states, image=image, workers=workers)
+
+    names = ("states", "actions", "intended", "rewards", "continues")
+    present = [name for name in names if name in data]
+    episodes = []
+    for i in piece:
+        rows = slice(starts[i], ends[i])
+        columns = {name: data[name][rows].astype(np.float32) for name in present}
+        columns["frames"] = frames[starts[i] - first:ends[i] - first]
+        quality = str(data["quality"][i])
+        seed = int(data["seeds"][i])
+        episodes.append(Episode(**columns, task=task, quality=quality, seed=seed))
+    return episodes
+
+# %% ../../nbs/31_demonstrations.ipynb #5565fdad
+def _render_store(path: Path, task: str, data: dict[str, np.ndarray], n: int, image: int, workers: int,
+                  progress: bool, **attributes) -> None:
+    """Draw the first `n` episodes of shipped `data` into a new store.
+
+    attributes: kept with the store.
+    """
+    lengths = data["lengths"][:n].astype(int)
+    with atomic_store(path) as beside:
+        store = EpisodeStore.create(beside, task, data["actions"].shape[1], (image, image, 3),
+                                    data["states"].shape[1], **attributes)
+        bar = tqdm(total=int(lengths.sum()), desc=f"rendering {task} (first use)", unit="frame",
+                   disable=not progress, leave=False)
+        with bar:
+            for piece in _pieces(lengths):
+                episodes = _render_piece(task, data, piece, image, workers)
+                store.extend(episodes)
+                bar.update(sum(map(len, episodes)))
         store.finish()
-    return EpisodeStore.open(place(n))
+
+
+def load_demonstrations(task: str | Sequence[str] = "ball_in_cup-catch", episodes: int | None = None,
+                        image: int = 64, workers: int = 2, progress: bool = True) -> EpisodeStore:
+    """The demonstrations of `task` that ship with the package as states and actions.
+
+    They are rendered on first use into `cache_dir()` and opened from there afterwards. Seeds come along, and
+    continues where the file has them; where it has none, all are 1.
+    Two processes may call it at once; one that is killed leaves nothing behind that a later call would trust.
+
+    task: one, or several: the `EpisodeStore.join` of their demonstrations.
+    episodes: the first ones of each task, of mixed quality, or all where fewer ship; None: all.
+    image: pixels on a side.
+    workers: processes that draw.
+    progress: show a bar.
+    """
+    if not isinstance(task, str):
+        stores = [load_demonstrations(one, episodes, image, workers, progress) for one in task]
+        return EpisodeStore.join(stores)
+    data, digest = _shipped(task)
+    total = len(data["lengths"])
+    n = total if episodes is None else min(int(episodes), total)
+    if n < 1:
+        raise UserError(f"episodes={episodes}; expected 1 or more ({total} ship for {task})")
+
+    def path_of(count: int) -> Path:
+        name = f"{task}-{image}px-{count}of{total}-v{VERSION}-{digest}.zarr"
+        return cache_dir() / "demonstrations" / name
+
+    if n < total and path_of(total).exists():
+        return EpisodeStore.open(path_of(total)).subset(np.arange(n))
+    path = path_of(n)
+    if not path.exists():
+        _render_store(path, task, data, n, image, workers, progress,
+                      source=f"demos_{task}.npz", digest=digest)
+    return EpisodeStore.open(path)
 
 # %% ../../nbs/31_demonstrations.ipynb #cell-73
-def demonstrations_report(source, progress=True) -> dict[str, dict]:
-    """What demonstrations themselves reach, by quality: the ceiling of cloning them. Printed and returned.
-    source: an EpisodeStore, or the name of a task whose shipped demonstrations are measured, all of them and without rendering.
-    any: share of episodes that are `solved` at any time; held: through the whole last quarter; first: median frame of the first time;
-    return: mean sum of the recorded rewards (an episode may stop soon after success); coverage: share of the 4 x 4 pixel cells of
-    a 64 x 64 image that the object visits, None where its pixel is not known."""
+def _coverage(pixels: np.ndarray) -> float:
+    "Share of the 4 x 4 pixel cells of a 64 x 64 image that these pixels (n, 2) visit."
+    cells = pixels // 4
+    inside = cells[((cells >= 0) & (cells < 16)).all(1)]
+    return len(np.unique(inside, axis=0)) / 256
+
+
+def _solved_at_the_end(hit: np.ndarray) -> bool:
+    "Whether an episode (t,) is solved through its last quarter."
+    quarter = max(len(hit) // 4, 1)
+    return hit[-quarter:].all()
+
+
+def _summarize(task: str, rewards: list[np.ndarray],
+               pixels: list[np.ndarray] | None) -> dict[str, float | None]:
+    """What episodes reach.
+
+    rewards: (t,) of each episode.
+    pixels: (t, 2) of each episode, where the object was; None: not known.
+    """
+    hits = [solved(task, own) for own in rewards]
+    firsts = [int(np.argmax(hit)) for hit in hits if hit.any()]
+    lasting = [_solved_at_the_end(hit) for hit in hits]
+    returns = [own.sum() for own in rewards]
+    return {"episodes": len(rewards),
+            "frames": sum(map(len, rewards)),
+            "success": len(firsts) / len(rewards),
+            "final_success": float(np.mean(lasting)),
+            "first": float(np.median(firsts)) if firsts else None,
+            "return": float(np.mean(returns)),
+            "coverage": None if pixels is None else _coverage(np.concatenate(pixels))}
+
+
+def _print_report(report: dict[str, dict]) -> None:
+    "The report as a table."
+    def number(x: float | None, digits: int) -> str:
+        return "-" if x is None else f"{x:.{digits}f}"
+
+    print("quality  episodes  share  frames  success  final  first  return  coverage")
+    for name, row in report.items():
+        print(f"{name:8} {row['episodes']:8d} {row['share']:6.2f} {row['frames']:7d} {row['success']:8.2f} "
+              f"{row['final_success']:6.2f} {number(row['first'], 0):>6} {row['return']:7.1f} "
+              f"{number(row['coverage'], 2):>9}")
+
+
+def _columns_of(source: EpisodeStore | str) -> tuple[str, dict[str, np.ndarray]]:
+    """The task of demonstrations, and their columns lengths, quality, rewards and states.
+
+    `UserError` for a store of several tasks.
+    """
     if isinstance(source, str):
         data, _ = _shipped(source)
-        column, lengths, qualities, task = data.__getitem__, data["lengths"], data["quality"], source
-    elif len(np.unique(source.task_ids)) > 1: raise UserError(f"{source.path} holds several tasks; report on one at a time: source.of_task(name)")
-    else: column, lengths, qualities, task = source.column, source.lengths, source.qualities, source.tasks[int(source.task_ids[0])]
+        return source, {name: data[name] for name in ("lengths", "quality", "rewards", "states")}
+    tasks = np.unique(source.task_ids)
+    if len(tasks) > 1:
+        raise UserError(f"{source.path} holds several tasks; report on one at a time: source.of_task(name)")
+    columns = {"lengths": source.lengths, "quality": source.qualities}
+    columns |= {name: source.column(name) for name in ("rewards", "states")}
+    return source.tasks[tasks[0]], columns
+
+
+def demonstrations_report(source: EpisodeStore | str, progress: bool = True) -> dict[str, dict]:
+    """What demonstrations themselves reach, by quality: the ceiling of cloning them.
+
+    source: a store, or the name of a task whose shipped demonstrations are measured, all of them and without
+        rendering.
+    progress: print the report.
+    Returns for each quality, and for "all", a dictionary of
+
+    episodes, frames, share: how many there are, and their share of all episodes;
+    success: share of episodes that are `solved` at any time;
+    final_success: through the whole last quarter;
+    first: median frame of the first time;
+    return: mean sum of the recorded rewards (an episode may stop soon after success);
+    coverage: share of the 4 x 4 pixel cells of a 64 x 64 image that the object visits; None: not known.
+
+    `UserError` for a store of several tasks.
+    """
+    task, columns = _columns_of(source)
+    lengths = columns["lengths"]
     borders = np.cumsum(lengths)[:-1]
-    rewards = np.split(column("rewards").astype(np.float64), borders)
-    try: pixels = np.split(np.asarray(object_pixels(task, column("states"))), borders)
-    except UserError: pixels = None                                # no such task, states of another width, or no GL
-    report, names = {}, [q for q in QUALITIES if q in qualities] + ["all"]
-    for q in names:
-        these = np.flatnonzero((qualities == q) | (q == "all"))
-        hits = [solved(task, rewards[i]) for i in these]
-        caught = [int(np.argmax(hit)) for hit in hits if hit.any()]
-        report[q] = {"episodes": len(these), "share": len(these) / len(lengths), "frames": int(lengths[these].sum()), "any": len(caught) / len(these),
-            "held": float(np.mean([hit[-max(len(hit) // 4, 1):].all() for hit in hits])),
-            "first": float(np.median(caught)) if caught else None, "return": float(np.mean([rewards[i].sum() for i in these])), "coverage": None}
-        if pixels is not None:
-            cells = np.concatenate([pixels[i] for i in these]) // 4
-            inside = cells[((cells >= 0) & (cells < 16)).all(1)]
-            report[q]["coverage"] = len(np.unique(inside, axis=0)) / 256
+    rewards = np.split(columns["rewards"].astype(np.float64), borders)
+    try:
+        pixels = np.split(object_pixels(task, columns["states"]), borders)
+    except UserError:  # no such task, states of another width, or nothing to draw with
+        pixels = None
+
+    report = {}
+    for quality in [*QUALITIES, "all"]:
+        chosen = np.flatnonzero((columns["quality"] == quality) | (quality == "all"))
+        if not len(chosen):
+            continue
+        own_pixels = None if pixels is None else [pixels[i] for i in chosen]
+        report[quality] = _summarize(task, [rewards[i] for i in chosen], own_pixels)
+        report[quality]["share"] = len(chosen) / len(lengths)
     if progress:
-        def number(x, digits): return "-" if x is None else f"{x:.{digits}f}"
-        print("quality  episodes  share  frames    any   held  first  return  coverage")
-        for q, r in report.items():
-            print(f"{q:8} {r['episodes']:8d} {r['share']:6.2f} {r['frames']:7d} {r['any']:6.2f} {r['held']:6.2f} {number(r['first'], 0):>6} {r['return']:7.1f} {number(r['coverage'], 2):>9}")
+        _print_report(report)
     return report

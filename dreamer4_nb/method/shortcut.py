@@ -6,7 +6,9 @@
 __all__ = ['Grid', 'sample_tau_d', 'bootstrap_target', 'ramp_weight', 'shortcut_loss', 'shortcut_step', 'shortcut_sample']
 
 # %% ../../nbs/02_shortcut.ipynb #cell-2
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class Grid:
     from 0 (d = 1) to log2(k_max) (d = d_min), the signal index i from 0 to k_max − 1 in strides of d."""
     k_max: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.k_max, int) or self.k_max < 1 or self.k_max & (self.k_max - 1):
             raise UserError(f"k_max must be a power of two, got {self.k_max!r}; use 4, 8, 16, 32, 64, …")
 
@@ -50,25 +52,35 @@ class Grid:
         """Step sizes 2⁻ʲ as float32 (exact)."""
         return torch.exp2(-j.to(torch.float32))
 
-    def stride(self, j):
+    @overload
+    def stride(self, j: int) -> int: ...
+    @overload
+    def stride(self, j: Tensor) -> Tensor: ...
+    def stride(self, j: int | Tensor) -> int | Tensor:
         """The step size in units of the signal index, k_max · 2⁻ʲ. `j`: an int or a long tensor."""
-        return self.k_max >> j if isinstance(j, int) else torch.bitwise_right_shift(torch.full_like(j, self.k_max), j)
+        if isinstance(j, int):
+            return self.k_max >> j
+        return torch.bitwise_right_shift(torch.full_like(j, self.k_max), j)
 
     def j_of(self, d: float) -> int:
         """Step index of the step size `d` (1 / steps, say). UserError if it is not on the grid."""
         sizes = [2.0 ** -j for j in range(self.n_d)]
         if d not in sizes:
-            raise UserError(f"step size d = {d:g} is not on the grid of k_max = {self.k_max}; the number of steps "
+            raise UserError(f"step size d = {d:g} is not on the grid of k_max = {self.k_max}; "
+                            "the number of steps "
                             f"1 / d must be one of {[2 ** j for j in range(self.n_d)]}")
         return sizes.index(d)
 
 # %% ../../nbs/02_shortcut.ipynb #cell-14
-def sample_tau_d(grid: Grid, shape, generator: torch.Generator, device=None, coarse: bool = False):
-    """Draw training indices (i, j), long tensors of `shape`: d ~ 1/U{1, 2, 4, …, k_max}, τ ~ U{0, d, …, 1 − d}.
+def sample_tau_d(grid: Grid, shape: tuple[int, ...], generator: torch.Generator,
+                 device: torch.device | str | None = None, coarse: bool = False) -> tuple[Tensor, Tensor]:
+    """Draw training indices (i, j), long tensors of `shape`.
 
-    With `coarse`, only step sizes above d_min: those that get a bootstrap target (none if k_max is 1)."""
+    d ~ 1/U{1, 2, 4, …, k_max}, τ ~ U{0, d, …, 1 − d} (paper, section 3.2)
+    coarse: only step sizes above d_min, those that get a bootstrap target (none if k_max is 1)"""
     n_sizes = grid.n_d - 1 if coarse else grid.n_d
-    if n_sizes < 1: raise UserError("k_max = 1 has no step size above d_min; use k_max >= 2 to bootstrap")
+    if n_sizes < 1:
+        raise UserError("k_max = 1 has no step size above d_min; use k_max >= 2 to bootstrap")
     source = generator.device
     j = torch.randint(n_sizes, shape, generator=generator, device=source)
     u = torch.rand(shape, generator=generator, device=source)
@@ -77,11 +89,23 @@ def sample_tau_d(grid: Grid, shape, generator: torch.Generator, device=None, coa
 
 # %% ../../nbs/02_shortcut.ipynb #cell-21
 @torch.no_grad()
-def bootstrap_target(f, z_tau: Tensor, i: Tensor, j: Tensor, grid: Grid, clip: float | None = None) -> Tensor:
-    """Where two half steps from `z_tau` point: z̃ + (1 − τ)·(b′ + b″)/2, in data space, without gradient (Eq. 7).
+def bootstrap_target(
+    f: Callable[[Tensor, Tensor, Tensor], Tensor],
+    z_tau: Tensor,
+    i: Tensor,
+    j: Tensor,
+    grid: Grid,
+    clip: float | None = None,
+) -> Tensor:
+    """Where two half steps from `z_tau` point: z̃ + (1 − τ)·(b′ + b″)/2, in data space (paper, Eq. 7).
 
-    f(z, i, j) -> x̂. z_tau: `(lead…, trail…)`; i, j: long `(lead…)`. b′ is the velocity of `f` at (z̃, τ, d/2),
-    b″ that at (z′, τ + d/2, d/2) with z′ = z̃ + b′·d/2. `clip` bounds the target to ±clip.
+    b′ is the velocity of `f` at (z̃, τ, d/2), b″ that at (z′, τ + d/2, d/2), where z′ = z̃ + b′·d/2.
+    No gradient.
+
+    f: (z, i, j) -> x̂
+    z_tau: `(lead…, trail…)`; i, j: long `(lead…)`
+    clip: bounds the target to ±clip
+
     Entries with d = d_min have no half step: they keep z, i and j in both calls (so that they can be
     the context of others), and the caller replaces their value by the data."""
     coarse = j < grid.j_min
@@ -104,27 +128,33 @@ def shortcut_loss(x_hat: Tensor, target: Tensor, tau: Tensor) -> Tensor:
 
     x_hat, target: `(lead…, trail…)`; tau: `(lead…)`. Returns `(lead…)`, float32 at least."""
     if x_hat.shape != target.shape:
-        raise UserError(f"prediction {tuple(x_hat.shape)} and target {tuple(target.shape)} differ in shape; they must agree")
+        raise UserError(f"prediction {tuple(x_hat.shape)} and target {tuple(target.shape)} differ in shape; "
+                        "they must agree")
     error = (x_hat.float() if x_hat.dtype in (torch.bfloat16, torch.float16) else x_hat) - target
     return ramp_weight(tau.to(error.dtype)) * error.square().flatten(tau.ndim).mean(dim=-1)
 
 # %% ../../nbs/02_shortcut.ipynb #cell-32
-def shortcut_step(z: Tensor, x_hat: Tensor, tau, d) -> Tensor:
+def shortcut_step(z: Tensor, x_hat: Tensor, tau: Tensor | float, d: Tensor | float) -> Tensor:
     """One step of size `d` from `z` at level `tau` along the velocity to `x_hat`: z + d·(x̂ − z)/(1 − τ).
 
     tau, d: numbers, or tensors of leading shape. When τ + d = 1 the result is `x_hat` exactly."""
     weight = d / (1 - tau)
-    if isinstance(weight, Tensor): weight = expand_as(weight, z).to(z.dtype)
+    if isinstance(weight, Tensor):
+        weight = expand_as(weight, z).to(z.dtype)
     return torch.lerp(z, x_hat.to(z.dtype), weight)
 
 
 @torch.no_grad()
-def shortcut_sample(f, z: Tensor, grid: Grid, steps: int, record: bool = False) -> Tensor:
-    """Turn noise `z` `(n, …)` into samples in `steps` equal steps, with f(z, i, j) -> x̂ and i, j long `(n,)`.
+def shortcut_sample(f: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, grid: Grid, steps: int,
+                    record: bool = False) -> Tensor:
+    """Turn noise `z` `(n, …)` into samples in `steps` equal steps; the last one lands on x̂.
 
-    `f` is told the step size d = 1/steps. The last step lands on x̂. With `record` returns all positions
-    `(steps + 1, n, …)`. UserError if 1/steps is not on the grid."""
-    if steps < 1: raise UserError(f"steps must be at least 1, got {steps}; use a power of two up to {grid.k_max}")
+    f: (z, i, j) -> x̂, with i and j long `(n,)`; it is told the step size d = 1/steps
+    record: return all positions `(steps + 1, n, …)`
+
+    UserError if 1/steps is not on the grid."""
+    if steps < 1:
+        raise UserError(f"steps must be at least 1, got {steps}; use a power of two up to {grid.k_max}")
     j_int = grid.j_of(1 / steps)
     j = torch.full(z.shape[:1], j_int, device=z.device, dtype=torch.long)
     path = [z]
