@@ -13,6 +13,7 @@ from helpers.shapes import MICRO, THIN
 from dreamer4_nb.method import attention
 from dreamer4_nb.method.agent import AgentConfig, Policy
 from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.method.streams import inference_bytes
 from dreamer4_nb.core import UserError, autocast
 from dreamer4_nb.runs.costs import (LOSSES, SHAPES, Shape, build, costs, count_flops, count_parameters,
@@ -410,7 +411,7 @@ def test_best_way_fits_and_is_the_plainest():
 def test_one_more_frame_reads_weights_and_cache_in_every_pass():
     machine = Machine("slow memory", peak_bf16=1e9, peak_fp32=1e9, memory=1, bandwidth=2, link=1, network=1)
     transformer, found = build(MICRO, META)["dynamics"].transformer, stream_bound(MICRO, machine)
-    read = 2 * count_parameters(transformer) + transformer.init_cache(1, META, torch.bfloat16).nbytes
+    read = 2 * count_parameters(transformer) + empty_cache(transformer, 1, META, torch.bfloat16).nbytes
     assert found["frame"] == pytest.approx(1e3 * 5 * read / 2e9)                            # four denoising steps and the commit
     assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, matmul_efficiency=0.5))["frame"] == pytest.approx(
         1e3 * 5 * forward_flops(transformer, 5) / 0.5e9)

@@ -16,7 +16,7 @@ from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batche
 from dreamer4_nb.runs.memory import MACHINES, predict
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation.closed_loop import text_table
-from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.generation import WorldModel, compile_world, rollout
 from dreamer4_nb.runs.bench import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig, fit
@@ -159,10 +159,10 @@ def test_compiled_and_half_precision_streams_are_the_plain_one(dtype, tolerance)
     torch.nn.init.normal_(world.dynamics.to_latent.weight, std=0.2)
     latents, actions = torch.rand(2, 8, 4, 6) * 2 - 1, torch.rand(2, 8, 2) * 2 - 1
     with torch.no_grad():
-        plain = world.rollout(latents, actions, 3, torch.Generator().manual_seed(0))
-        world.compile()
+        plain = rollout(world, latents, actions, 3, torch.Generator().manual_seed(0))
+        compile_world(world)
         with autocast(torch.device("cpu"), dtype):
-            fast = cast_linear(world, dtype).rollout(latents, actions, 3, torch.Generator().manual_seed(0))
+            fast = rollout(cast_linear(world, dtype), latents, actions, 3, torch.Generator().manual_seed(0))
     assert world.dynamics.transformer.compiled is not None
     torch.testing.assert_close(fast, plain, atol=tolerance, rtol=0)
     assert (fast[:, 3:] - latents[:, 3:]).abs().max() > 2 * tolerance

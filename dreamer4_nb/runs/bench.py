@@ -24,9 +24,10 @@ import dreamer4_nb
 from ..core import (Batch, UserError, autocast, cast_linear, pick_device, pick_dtype,
                               seed_everything)
 from ..method.attention import TransformerConfig
+from ..method.blocks import empty_cache
 from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
-from ..method.generation import WorldModel
+from ..method.generation import WorldModel, compile_world, rollout
 from ..training.loop import TrainConfig
 from .costs import (Shape, build, costs, count_flops, count_parameters, pick_shape,
                                     random_batches, training_step, transformers)
@@ -110,7 +111,7 @@ def streaming_calls(shape: Shape, world: WorldModel, latents: Tensor, actions: T
     latents, actions: (b, t, n, d) and (b, t, action_dim); their first frame is repeated as the past"""
     generator = torch.Generator(device).manual_seed(0)
     dream = world.start(1, generator)
-    _, cache = world.tokenizer.init_cache(1, device)
+    cache = empty_cache(world.tokenizer.decoder, 1, device)
 
     def past(x: Tensor, config: TransformerConfig) -> Tensor:
         frames = max(1, config.context - 1)
@@ -143,7 +144,7 @@ def using_calls(shape: Shape, world: WorldModel, frames: Tensor, device: torch.d
     calls: Calls = {
         "encode": lambda: world.tokenizer.encode(frames),
         "decode": lambda: world.tokenizer.decode(codes),
-        "generate": lambda: world.rollout(latents, actions, shape.context, generator),
+        "generate": lambda: rollout(world, latents, actions, shape.context, generator),
     }
     return calls | streaming_calls(shape, world, latents, actions, device)
 
@@ -176,7 +177,7 @@ def time_shape(shape: Shape, seconds: float, config: TrainConfig, device: torch.
         gflops["frame"] = count_flops(calls["frame"]) / 1e9
 
     if config.compile:
-        world.compile()
+        compile_world(world)
     timings = {name: measure(step, seconds, device=device) for name, step in steps.items()}
     cast_linear(world.eval(), dtype)
     with torch.no_grad(), autocast(device, dtype):

@@ -4,9 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHAPES', 'Named', 'LOSSES', 'Shape', 'pick_named', 'pick_shape', 'build', 'Parts', 'meta_parts', 'transformers',
-           'count_parameters', 'layer_tokens', 'spatial_rectangles', 'forward_flops', 'teacher_share', 'ForwardPass',
-           'passes', 'used_heads', 'tokenizer_flops', 'world_flops', 'costs', 'count_flops', 'random_batches',
-           'training_step']
+           'count_parameters', 'spatial_rectangles', 'forward_flops', 'teacher_share', 'ForwardPass', 'passes',
+           'used_heads', 'tokenizer_flops', 'world_flops', 'costs', 'count_flops', 'random_batches', 'training_step']
 
 # %% ../../nbs/42_costs.ipynb #cell-2
 import itertools
@@ -22,7 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from ..core import Batch, UserError
 from ..method.forcing import Schedule
 from ..method.attention import TransformerConfig
-from ..method.blocks import BlockCausalTransformer
+from ..method.blocks import BlockCausalTransformer, empty_cache
+from ..method.pruned import layer_tokens
 from ..method.tokenizer import PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, tokenizer_loss
 from ..method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from ..method.agent import AgentConfig, AgentHeads, agent_loss
@@ -202,18 +202,13 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 # %% ../../nbs/42_costs.ipynb #cell-13
-def layer_tokens(transformer: BlockCausalTransformer) -> list[tuple[int, int]]:
-    "For each layer: the tokens of a frame that ask (queries), and those that are asked (keys)."
-    return [transformer.worked_on(l) for l in range(len(transformer.layers))]
-
-
 def spatial_rectangles(transformer: BlockCausalTransformer, queries: int) -> list[tuple[int, int]]:
     """Attention inside a frame as full rectangles: (queries, keys) of each.
 
     queries: how many tokens ask, the first ones of the layout"""
     tokens = range(transformer.layout.size)
     rectangles = []
-    for rows, columns in transformer.pieces:
+    for rows, columns in transformer.rectangles:
         if rows.start < queries:
             asked = tokens[columns] if isinstance(columns, slice) else columns
             rectangles.append((min(rows.stop, queries) - rows.start, len(asked)))
@@ -228,7 +223,7 @@ def forward_flops(transformer: BlockCausalTransformer, frames: int) -> int:
     kv_width = c.kv_heads * c.head_dim
     total = 0
     for layer, (queries, keys) in zip(transformer.layers, layer_tokens(transformer)):
-        if layer.time:
+        if layer.temporal:
             pairs = queries * frames
         else:
             pairs = sum(rows * columns for rows, columns in spatial_rectangles(transformer, queries))
@@ -312,7 +307,7 @@ def _cost_row(parameters: int, transformer: BlockCausalTransformer, forward: flo
               frames: int) -> dict[str, float]:
     "The figures of `costs` for one model. `transformer` is the one that streams; `frames` are a step's."
     step = 3 * forward + teacher
-    cache = transformer.init_cache(1, torch.device("meta"), torch.bfloat16)
+    cache = empty_cache(transformer, 1, torch.device("meta"), torch.bfloat16)
     return {
         "parameters": parameters,
         "frame_gflops": step / frames / 1e9,

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..core import UserError, row_chunks
 from ..method.attention import TransformerConfig
 from ..method.blocks import BlockCausalTransformer
+from ..method.pruned import layer_tokens
 from ..method.streams import LONGEST, coding_bytes, inference_bytes
 from ..method.tokenizer import Tokenizer
 from ..method.dynamics import Dynamics
 from ..method.agent import AgentConfig, AgentHeads
 from .costs import (ForwardPass, Shape, build, costs, count_parameters, forward_flops,
-                                    layer_tokens, meta_parts, passes, pick_named, pick_shape,
-                                    spatial_rectangles, teacher_share, transformers, used_heads)
+                                    meta_parts, passes, pick_named, pick_shape, spatial_rectangles,
+                                    teacher_share, transformers, used_heads)
 
 # %% ../../nbs/43_memory.ipynb #cell-26
 def norm_bytes(c: TransformerConfig, queries: int, keys: int) -> int:
@@ -80,11 +81,11 @@ def layer_bytes(transformer: BlockCausalTransformer, frames: int, half: bool, fu
     for number, (layer, (queries, keys)) in enumerate(zip(transformer.layers, layer_tokens(transformer))):
         input_copies = 3 if half else 2         # in bfloat16 gate and up each make a copy
         inputs = c.width * keys + input_copies * c.width * queries + 4 * c.hidden * queries
-        rectangles = [(queries, frames)] if layer.time else spatial_rectangles(transformer, queries)
+        rectangles = [(queries, frames)] if layer.temporal else spatial_rectangles(transformer, queries)
         if fused and not c.softcap:
-            attention = fused_attention_bytes(c, layer.time, masked, frames, queries, keys, itemsize)
+            attention = fused_attention_bytes(c, layer.temporal, masked, frames, queries, keys, itemsize)
         else:
-            copied = keys if layer.time else sum(columns for _, columns in rectangles)
+            copied = keys if layer.temporal else sum(columns for _, columns in rectangles)
             attention = plain_attention_bytes(c, rectangles, queries, copied, itemsize)
 
         kept = norm_bytes(c, queries, keys) + itemsize * inputs + attention
