@@ -2,34 +2,24 @@
 SHELL := /bin/bash
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
-NEWEST := python3 python3.14 python3.13 python3.12 python3.11
-PYTHON ?= $(firstword $(foreach p,$(NEWEST),$(shell command -v $(p) >/dev/null 2>&1 && $(p) -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $(p))))
-APT := apt-get install -y -qq --no-install-recommends
+export PYTHON
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl demo test gpu export readme check notebooks pytest clean
+.PHONY: help setup gl demo test gpu export readme check lint notebooks pytest clean
 
 help:
-	@echo "make setup | demo | test | gpu | export | clean"
+	@echo "make setup | demo | test | lint | gpu | export | clean"
 
 setup: gl $(STAMP)
 
 $(STAMP): settings.ini setup.py
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer was not found; install it, or type: make setup PYTHON=/path/to/python"; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || { echo "cannot make .venv; on Debian or Ubuntu type: sudo apt-get install python3-venv"; exit 1; }
-	@echo "installing the package and its tools in .venv (about 6 GB, some minutes)"
-	$(BIN)/python -m pip install -q -e ".[dev]"
+	@.ci/setup python
 	@touch $@
 
 # MuJoCo draws without a screen through OSMesa (a CPU) or EGL. One of them is enough.
 gl:
-	@[[ "$$(uname)" != Linux ]] || [[ "$$(PATH=$$PATH:/sbin:/usr/sbin ldconfig -p)" =~ libOSMesa|libEGL\.so ]] || { \
-	root=""; [[ $$(id -u) = 0 ]] || root="sudo -n"; \
-	echo "installing libosmesa6 and libegl1, with which MuJoCo draws without a screen"; \
-	command -v apt-get >/dev/null && $$root true 2>/dev/null && $$root apt-get update -qq && \
-	{ $$root env DEBIAN_FRONTEND=noninteractive $(APT) libegl1 libgl1-mesa-dri; $$root env DEBIAN_FRONTEND=noninteractive $(APT) libosmesa6; } || \
-	echo "MuJoCo needs OSMesa or EGL to draw; type: sudo apt-get install libosmesa6 libegl1 (or install them with your own package manager)"; }
+	@.ci/setup gl
 
 demo: setup
 	$(BIN)/dreamer4 demo $(ARGS)
@@ -52,9 +42,12 @@ export: setup
 	$(BIN)/nbdev_clean && $(BIN)/nbdev_export
 
 check:
-	@before=$$(mktemp -d) && trap "rm -rf $$before" EXIT && cp -r nbs dreamer4_nb $$before/ && $(BIN)/nbdev_clean && $(BIN)/nbdev_export && \
-	diff -r -x __pycache__ $$before/nbs nbs >/dev/null && diff -r -x __pycache__ $$before/dreamer4_nb dreamer4_nb || \
-	{ echo "notebooks and modules do not agree, or a notebook is not clean; make export was just done: look at it and commit it"; exit 1; }
+	@.ci/check
+	@$(MAKE) --no-print-directory lint
+
+# ruff.toml and mypy.ini say what is looked at.
+lint:
+	$(BIN)/ruff check dreamer4_nb tests && $(BIN)/mypy
 
 # Two notebooks at a time, each with one thread: faster than one with two.
 notebooks:
@@ -64,5 +57,5 @@ pytest:
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 15 tests
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .hypothesis _docs _proc
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis _docs _proc
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf

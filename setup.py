@@ -6,16 +6,18 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+readme = here / "README.md"
 settings = ConfigParser(delimiters=["="])
 settings.read(here / "settings.ini", encoding="utf-8")
 get = settings["DEFAULT"].get
-lib_name, python = get("lib_name"), get("min_python")
+lib_name = get("lib_name")
+python = get("min_python")
 
 setup(
     name=lib_name,
     version=get("version"),
     description=get("description"),
-    long_description=(here / "README.md").read_text(encoding="utf-8") if (here / "README.md").exists() else "",
+    long_description=readme.read_text(encoding="utf-8") if readme.exists() else "",
     long_description_content_type="text/markdown",
     author=get("author"),
     author_email=get("author_email"),
@@ -29,6 +31,7 @@ setup(
     python_requires=f">={python}",
     install_requires=shlex.split(get("requirements")),
     extras_require={"dev": shlex.split(get("dev_requirements"))},
-    entry_points={"console_scripts": shlex.split(get("console_scripts")), "nbdev": [f"{lib_name}={lib_name}._modidx:d"]},
+    entry_points={"console_scripts": shlex.split(get("console_scripts")),
+                  "nbdev": [f"{lib_name}={lib_name}._modidx:d"]},
     zip_safe=False,
 )

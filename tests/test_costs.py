@@ -1,4 +1,4 @@
-"Shapes, counts, and memory and time predict_phases. Nothing is timed."
+"Shapes, counts, and predicted memory and time. Nothing is timed."
 import itertools
 import weakref
 from dataclasses import replace
@@ -8,16 +8,19 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from helpers.shapes import MICRO, THIN
 
 from dreamer4_nb.method import attention
 from dreamer4_nb.method.agent import AgentConfig, Policy
 from dreamer4_nb.method.attention import TransformerConfig
+from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.method.streams import inference_bytes
 from dreamer4_nb.core import UserError, autocast
-from dreamer4_nb.runs.costs import (LOSSES, MACHINES, Machine, SHAPES, Shape, activations, best_way, build,
-                                    costs, count_flops, count_parameters, forward_flops, inference,
-                                    pick_shape, predict, random_batches, saved_bytes, stream_bound,
-                                    teacher_share, training_step, transformers)
+from dreamer4_nb.runs.costs import (LOSSES, SHAPES, Shape, build, costs, count_flops, count_parameters,
+                                    forward_flops, pick_shape, random_batches, teacher_share, training_step,
+                                    transformers)
+from dreamer4_nb.runs.memory import (MACHINES, Machine, activations, best_way, inference, predict, saved_bytes,
+                                     stream_bound)
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
@@ -25,9 +28,6 @@ from dreamer4_nb.method.tokenizer import TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
-THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
-MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
-              batch=4, length=6, context=2, generated=2)
 
 
 # Shapes
@@ -138,10 +138,10 @@ def test_recomputed_layers_keep_less_and_give_the_same_gradient():
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
 
 
-# Memory and time predict_phases
+# Memory and time predicted
 
 WIDE = TransformerConfig(width=64, depth=4, heads=4, kv_heads=2, time_every=4, context=8)
-FORETOLD = {
+PREDICTED = {
     "plain": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=WIDE), DynamicsConfig(n_latents=8, d_latent=8, pack=1, transformer=WIDE), 4, 8, 1, 1),
     "clips longer than the context": Shape(TokenizerConfig(image=32, n_latents=8, d_latent=8, transformer=replace(WIDE, time_every=2)),
                                            DynamicsConfig(n_latents=8, d_latent=8, pack=2, image_rows=0.3, transformer=WIDE), 2, 12, 1, 1),
@@ -164,9 +164,9 @@ def kept(shape, dtype, recompute):
 
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", FORETOLD)
+@pytest.mark.parametrize("name", PREDICTED)
 def test_activations_are_what_autograd_keeps(name, dtype, recompute):
-    found, measured = activations(FORETOLD[name], dtype == torch.bfloat16, recompute=recompute), kept(FORETOLD[name], dtype, recompute)
+    found, measured = activations(PREDICTED[name], dtype == torch.bfloat16, recompute=recompute), kept(PREDICTED[name], dtype, recompute)
     assert found["tokenizer"][0] == pytest.approx(measured["tokenizer"], rel=0.04)
     assert found["dynamics"][0] == pytest.approx(measured["dynamics"], rel=0.01)
 
@@ -178,7 +178,7 @@ def test_activations_of_the_papers_shape(monkeypatch, dtype, recompute):
     with FakeTensorMode():
         measured = kept(SHAPES["paper"], dtype, recompute)
     found = activations("paper", dtype == torch.bfloat16, recompute=recompute)
-    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
+    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx(dict.fromkeys(measured, 1), abs=0.02)
 
 
 # Phase 2, several batches in a step, and what keeps nothing
@@ -339,7 +339,7 @@ def test_activations_with_a_gpus_attention(monkeypatch, name):
     with FakeTensorMode():
         measured = kept(SHAPES[name], torch.bfloat16, False)
     found = activations(name, half=True, fused=True)
-    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx({k: 1 for k in measured}, abs=0.02)
+    assert {k: found[k][0] / measured[k] for k in measured} == pytest.approx(dict.fromkeys(measured, 1), abs=0.02)
 
 
 @pytest.mark.parametrize("name, numbers", [("base", [114_135_008, 307_635_744]), ("paper", [406_492_944, 1_588_796_448])])
@@ -382,7 +382,8 @@ def test_the_teacher_gathers_weights_as_well():
 
 
 def test_products_take_flops_over_what_is_reached():
-    machine = Machine("of a test", peak_bf16=2.0, peak_fp32=1.0, memory=1, bandwidth=1, link=1, network=1, reach=0.5, moves=0, start=0)
+    machine = Machine("of a test", peak_bf16=2.0, peak_fp32=1.0, memory=1, bandwidth=1, link=1, network=1, matmul_efficiency=0.5, traffic_factor=0,
+                      launch_overhead=0)
     row = costs(MICRO)["dynamics"]
     plain, again = predict(MICRO, machine), predict(MICRO, machine, recompute=True)
     assert plain["dynamics"]["products"] == pytest.approx(row["step_gflops"] / 1e3)
@@ -410,7 +411,7 @@ def test_best_way_fits_and_is_the_plainest():
 def test_one_more_frame_reads_weights_and_cache_in_every_pass():
     machine = Machine("slow memory", peak_bf16=1e9, peak_fp32=1e9, memory=1, bandwidth=2, link=1, network=1)
     transformer, found = build(MICRO, META)["dynamics"].transformer, stream_bound(MICRO, machine)
-    read = 2 * count_parameters(transformer) + transformer.init_cache(1, META, torch.bfloat16).nbytes
+    read = 2 * count_parameters(transformer) + empty_cache(transformer, 1, META, torch.bfloat16).nbytes
     assert found["frame"] == pytest.approx(1e3 * 5 * read / 2e9)                            # four denoising steps and the commit
-    assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, reach=0.5))["frame"] == pytest.approx(
+    assert stream_bound(MICRO, replace(machine, bandwidth=1e9, peak_bf16=1e-3, matmul_efficiency=0.5))["frame"] == pytest.approx(
         1e3 * 5 * forward_flops(transformer, 5) / 0.5e9)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_stores import make, make_joined
+from helpers.toy_stores import make, make_joined
 
 from dreamer4_nb.core import UserError
 from dreamer4_nb.core import Batch, to_float

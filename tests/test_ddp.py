@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import gradients, make_batch, make_config, make_modules, plain_loss_fn
+from helpers.toy_training import gradients, make_batch, make_config, make_modules, plain_loss_fn
 
 from dreamer4_nb.core import load_checkpoint
 from dreamer4_nb.training.loop import fit
 
-TOY = Path(__file__).parent / "toy_training.py"
+TOY = Path(__file__).parent / "helpers" / "toy_training.py"
 LIMIT = 600  # seconds, on a busy machine
 
 
 def torchrun(run_dir, *options):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOY), str(run_dir), *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 

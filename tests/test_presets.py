@@ -8,24 +8,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from shrunk_presets import noise_store, shrunk
+from helpers.shrunk_presets import noise_store, shrunk
 
-from dreamer4_nb.method import agent, dynamics, imagination, tokenizer
 from dreamer4_nb.runs import presets
 from dreamer4_nb.method.agent import AgentHeads
-from dreamer4_nb.training.phases import train_agent
-from dreamer4_nb.core import asset, to_dict
-from dreamer4_nb.runs.costs import MACHINES, SHAPES, count_parameters
+from dreamer4_nb.core import asset, current_names, to_dict
+from dreamer4_nb.runs.costs import SHAPES, count_parameters
+from dreamer4_nb.runs.memory import MACHINES
 from dreamer4_nb.data.windows import LatentStore, Windows
 from dreamer4_nb.method.dynamics import Dynamics
-from dreamer4_nb.training.phases import train_dynamics
 from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
-from dreamer4_nb.training.phases import train_imagination
 from dreamer4_nb.runs.presets import PRESETS, resolve
 from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
 from dreamer4_nb.method.tokenizer import Tokenizer
-from dreamer4_nb.training.phases import encode_store, train_tokenizer
+from dreamer4_nb.training import phases
+from dreamer4_nb.training.phases import (encode_store, train_agent, train_dynamics, train_imagination,
+                                         train_tokenizer)
 
 META = torch.device("meta")
 RESULTS = Path(__file__).parents[1] / "nbs" / "results"
@@ -121,18 +120,19 @@ def test_all_fits_into_the_memory_it_is_meant_for(name):
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() & SHAPES.keys()))
 def test_printed_costs_are_those_of_the_preset(name):
-    "Notebook 19 counts shapes; what it says holds for the preset, but for actions and scenes of several tasks."
-    shape, phases, tokens = SHAPES[name], presets.phase_shapes(PRESETS[name]), PRESETS[name].tokenizer
-    assert phases["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
-    assert (phases["dynamics"].batch, phases["dynamics"].length) == (shape.batch, shape.length)
-    assert phases["tokenizer"].tokenizer == replace(shape.tokenizer, n_backgrounds=len(PRESETS[name].tasks))
-    assert replace(phases["dynamics"].dynamics, action_dim=2) == shape.dynamics
+    "Notebook 42 counts shapes; what it says holds for the preset, but for actions and scenes of several tasks."
+    shape, tokens = SHAPES[name], PRESETS[name].tokenizer
+    found = presets.phase_shapes(PRESETS[name])
+    assert found["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
+    assert (found["dynamics"].batch, found["dynamics"].length) == (shape.batch, shape.length)
+    assert found["tokenizer"].tokenizer == replace(shape.tokenizer, n_backgrounds=len(PRESETS[name].tasks))
+    assert replace(found["dynamics"].dynamics, action_dim=2) == shape.dynamics
 
 
 @pytest.mark.parametrize("name, file", [("tiny", "demo"), ("long", "chain")])
 def test_what_shipped_was_trained_so(name, file):
     "The settings of the four phases are those of the stored results, but for how they are computed."
-    kept = json.loads((RESULTS / f"{file}.json").read_text())["preset"]
+    kept = current_names(json.loads((RESULTS / f"{file}.json").read_text())["preset"])
 
     def same(old, new):
         if not isinstance(old, dict):
@@ -157,13 +157,12 @@ def fits(monkeypatch):
             return history
         return fit
 
-    for module in (tokenizer, dynamics, agent, imagination):
-        monkeypatch.setattr(module, "fit", recording(module.fit))
+    monkeypatch.setattr(phases, "fit", recording(phases.fit))
     return seen
 
 
 def run_phases(preset, store, folder, latents=None):
-    "All phases as notebook 22 calls them; with `latents` nothing is encoded."
+    "All phases as notebook 46 calls them; with `latents` nothing is encoded."
     def settings(name):
         phase = getattr(preset, name)
         rest = {k: v for k, v in vars(phase).items() if k not in ("model", "train")}
@@ -221,8 +220,7 @@ def test_windows_of_every_phase_reach_all_that_ships(name, as_long_as_shipped, t
     def fit(called, modules, loss, batches, *args, **options):
         sources[called] = batches
 
-    for module in (tokenizer, dynamics, agent, imagination):
-        monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(phases, "fit", fit)
     frames, latents = as_long_as_shipped
     run_phases(resolve(preset), frames, tmp_path, latents)
     assert len(sources) == 4 + (preset.tokenizer.slow_steps > 0)
@@ -253,11 +251,13 @@ def test_every_phase_takes_two_steps(name, tmp_path, fits):
 
 
 def test_the_cost_table_counts_the_batches_of_the_presets():
-    "Notebook 19 comes before the presets, so it says their steps itself."
-    text = (Path(__file__).parents[1] / "nbs" / "19_costs.ipynb").read_text(encoding="utf-8")
-    cell = next("".join(cell["source"]) for cell in json.loads(text)["cells"] if "BATCHES = " in "".join(cell["source"]))
+    "Notebook 43 comes before the presets, so it says their steps itself."
+    text = (Path(__file__).parents[1] / "nbs" / "43_memory.ipynb").read_text(encoding="utf-8")
+    sources = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    cell = next(source for source in sources if "BATCHES = " in source)
     said = ast.literal_eval(re.search(r"BATCHES = (\{.*?\})", cell)[1])
     for name, counts in said.items():
         p, devices = PRESETS[name], 8 if name == "base" else 1
-        phases = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.slow_steps, p.dynamics.train.steps * p.dynamics.train.accumulate
-        assert counts == tuple(devices * n for n in phases)
+        tokenizer = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.slow_steps
+        dynamics = p.dynamics.train.steps * p.dynamics.train.accumulate
+        assert counts == (devices * tokenizer, devices * dynamics)

@@ -1,27 +1,27 @@
 "The clock, the benchmark's bookkeeping, and predictions against stored runs. No test asserts a speed."
-import itertools, json
+import itertools
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers.shapes import MICRO, THIN
 
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
-from dreamer4_nb.runs.costs import MACHINES, Shape, build, count_parameters, predict, random_batches
+from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batches
+from dreamer4_nb.runs.memory import MACHINES, predict
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.evaluation.closed_loop import text_table
-from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.generation import WorldModel, compile_world, rollout
 from dreamer4_nb.runs.bench import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.loop import TrainConfig, fit
 
 CPU = torch.device("cpu")
-THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=4, context=5)
-MICRO = Shape(TokenizerConfig(image=32, n_latents=4, d_latent=8, transformer=THIN), DynamicsConfig(n_latents=4, d_latent=8, pack=1, transformer=THIN),
-              batch=4, length=6, context=2, generated=2)
 KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps", "generate_fps", "frame_ms", "frame_decoded_ms", "peak_gflops_fp32",
         "peak_gflops_bf16", "tokenizer_train_share", "dynamics_train_share", "peak_memory_mb", "versions", "spread", "calls", "gflops", "parameters",
         "shape", "dtype", "compile", "recompute", "seconds", "device", "cpu", "threads", "date"}
@@ -120,7 +120,7 @@ def test_stream_has_a_full_cache():
     dynamics.register_forward_pre_hook(lambda m, args, kwargs: seen.append(getattr(kwargs["cache"], "cache", kwargs["cache"]).past), with_kwargs=True)
     latents, actions = torch.zeros(2, 4, 4, 8), torch.zeros(2, 4, 2)
     with torch.no_grad():
-        calls = scaling._stream(MICRO, world, latents, actions, CPU)
+        calls = scaling.streaming_calls(MICRO, world, latents, actions, CPU)
         seen.clear()
         for call in (calls["frame"], calls["frame"], calls["frame_decoded"]):
             call()
@@ -159,10 +159,10 @@ def test_compiled_and_half_precision_streams_are_the_plain_one(dtype, tolerance)
     torch.nn.init.normal_(world.dynamics.to_latent.weight, std=0.2)
     latents, actions = torch.rand(2, 8, 4, 6) * 2 - 1, torch.rand(2, 8, 2) * 2 - 1
     with torch.no_grad():
-        plain = world.rollout(latents, actions, 3, torch.Generator().manual_seed(0))
-        world.compile()
+        plain = rollout(world, latents, actions, 3, torch.Generator().manual_seed(0))
+        compile_world(world)
         with autocast(torch.device("cpu"), dtype):
-            fast = cast_linear(world, dtype).rollout(latents, actions, 3, torch.Generator().manual_seed(0))
+            fast = rollout(cast_linear(world, dtype), latents, actions, 3, torch.Generator().manual_seed(0))
     assert world.dynamics.transformer.compiled is not None
     torch.testing.assert_close(fast, plain, atol=tolerance, rtol=0)
     assert (fast[:, 3:] - latents[:, 3:]).abs().max() > 2 * tolerance
@@ -183,7 +183,7 @@ def test_compiled_or_recomputed_training_is_plain_training(way):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][2]
 
 
-# Foretold and measured
+# Predicted and measured
 
 @pytest.mark.parametrize("file", ["peers", "peers_compiled", "peers_float32", "tiny", "tiny_float32"])
 def test_predicted_steps_against_measured_ones(file):

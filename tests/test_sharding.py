@@ -11,9 +11,9 @@ from dreamer4_nb.core import UserError, load_checkpoint
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.training.ranks import Checkpoints
 from dreamer4_nb.training.loop import fit
-from toy_sharding import CONFIG, make_batch, make_config
+from helpers.toy_sharding import CONFIG, make_batch, make_config
 
-TOY = Path(__file__).parent / "toy_sharding.py"
+TOY = Path(__file__).parent / "helpers" / "toy_sharding.py"
 LIMIT = 600  # seconds, on a busy machine
 
 
@@ -21,7 +21,7 @@ def torchrun(ranks, run_dir, *options, restarts=0):
     "Exit status and output of the toy on so many ranks."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
                "--monitor-interval", "0.1", str(TOY), str(run_dir), *map(str, options)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
     done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
     return done.returncode, done.stdout
 
@@ -129,7 +129,7 @@ def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path)
     line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
     for phase in ("tokenizer", "dynamics"):
         command = line.replace("train dynamics", f"train {phase}").split() + ["--run", str(tmp_path), f"--{phase}.train.shard", "0", "--episodes", "4"]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)},
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])},
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
         assert done.returncode == 0, done.stdout
         assert (tmp_path / f"{phase}.safetensors").exists() and (tmp_path / f"{phase}.train").exists()

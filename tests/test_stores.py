@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import zarr
 from fsspec.implementations.memory import MemoryFileSystem
-from toy_stores import make, make_joined
+from helpers.toy_stores import make, make_joined
 
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data.stores import Episode, EpisodeStore, seeds_of

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from toy_stores import make
+from helpers.toy_stores import make
 
 from dreamer4_nb.method import tokenizer as module
 from dreamer4_nb.method.attention import TransformerConfig

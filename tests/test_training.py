@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from toy_training import gradients, loss_fn, make_batch, make_config, make_modules, plain_loss_fn
+from helpers.toy_training import gradients, loss_fn, make_batch, make_config, make_modules, plain_loss_fn
 
 from dreamer4_nb import core
 from dreamer4_nb.core import UserError, load_checkpoint
 from dreamer4_nb.training.loop import fit
 
-TOY = Path(__file__).parent / "toy_training.py"
+TOY = Path(__file__).parent / "helpers" / "toy_training.py"
 
 
 def train(run_dir, batches=make_batch, loss=loss_fn, modules=None, trainable=None, **changes):
@@ -63,7 +63,7 @@ def test_crash_goes_back_to_the_last_save(tmp_path):
 
 
 def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parent.parent)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
     subprocess.run([sys.executable, str(TOY), str(tmp_path / "killed"), "--rounds", "5"], env=env, check=True, timeout=900)
     torch.set_num_threads(1)
     train(tmp_path / "unbroken", steps=80, save_every=1)

@@ -28,14 +28,15 @@ stand_ins.install()
 import numpy as np
 import torch
 from apart import Note, Work, last_lines, noted
-from toy_presets import thin_preset, thin_shape
-from toy_stores import make_moving
+from helpers.toy_presets import thin_preset, thin_shape
+from helpers.toy_stores import make_moving
 
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
 from dreamer4_nb.runs.chain import ORDER, Run
 from dreamer4_nb.core import UserError, cache_dir, pick_dtype, write_json
-from dreamer4_nb.runs.costs import SHAPES, Shape, predict, random_batches
+from dreamer4_nb.runs.costs import SHAPES, Shape, random_batches
+from dreamer4_nb.runs.memory import predict
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.method.generation import WorldModel
@@ -55,7 +56,7 @@ COMPILED = ("peers", "small")
 
 
 def kind_of(device: torch.device) -> str:
-    "The machine in `costs.MACHINES` with which predictions are made."
+    "The machine in `memory.MACHINES` with which predictions are made."
     return "H100" if device.type == "cuda" else "2 CPU cores"
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from pretend_gpu.load import load
-from toy_presets import thin_preset
+from helpers.toy_presets import thin_preset
 
 from dreamer4_nb.runs import chain, study
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss

@@ -1,7 +1,11 @@
 """A toy run in a process of its own: alone, under torchrun, or killed again and again.
 
     toy_training.py RUN_DIR [--steps 40] [--normalize 0] [--rounds N]    (N > 0: kill it N times with SIGKILL)"""
-import argparse, os, random, signal, time
+import argparse
+import os
+import random
+import signal
+import time
 from pathlib import Path
 
 import torch

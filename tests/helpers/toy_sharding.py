@@ -1,7 +1,9 @@
 """A micro world model trained in a process of its own: alone, or with its weights spread over ranks under torchrun.
 
     toy_sharding.py RUN_DIR [--shard 0] [--accumulate 4] [--dies 5]    (the last rank kills itself once, in the middle of that step)"""
-import argparse, os, signal
+import argparse
+import os
+import signal
 from pathlib import Path
 
 import torch
