@@ -13,12 +13,14 @@ from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, to_dict
 from dreamer4_nb.core import Batch
-from dreamer4_nb.data.windows import LatentStore, Windows
+from dreamer4_nb.data.stores import EpisodeStore
+from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.method.generation import WorldModel
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig
+from dreamer4_nb.training.optimizers import TrainConfig
 
 B, T = 6, 7
 WORLD = DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=8))
@@ -252,7 +254,7 @@ def rich_latents(tmp_path_factory):
             store.append(Episode(actions=actions, rewards=rewards, latents=rng.uniform(-1, 1, (9, 4, 6)), task="one", quality="expert"))
         store.arrays.group.attrs.update({"mean": np.zeros((4, 6)).tolist(), "std": np.ones((4, 6)).tolist()})
         store.finish()
-    return LatentStore.open(folder / "latents.zarr")
+    return EpisodeStore.open(folder / "latents.zarr")
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +272,7 @@ def ending_latents(tmp_path_factory):
             store.append(Episode(actions=actions, rewards=np.zeros(9), latents=latents, continues=continues, task="one", quality="expert"))
         store.arrays.group.attrs.update({"mean": np.full((4, 6), -0.25).tolist(), "std": np.full((4, 6), 0.4).tolist()})
         store.finish()
-    return LatentStore.open(folder / "latents.zarr")
+    return EpisodeStore.open(folder / "latents.zarr")
 
 
 def test_the_continue_head_learns_real_ends_and_not_truncations(ending_latents):

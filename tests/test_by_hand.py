@@ -23,8 +23,9 @@ from dreamer4_nb.method.imagination import ImaginationConfig, imagination_loss, 
 from dreamer4_nb.method.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
 from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, deviation_weight, gradient_difference,
                                           latent_std_loss, reconstruct, slowness_loss, tokenizer_loss)
-from dreamer4_nb.training.loop import (LossScale, TrainConfig, learning_rate, make_optimizer, pick_trainable,
-                                       summarize, training_only)
+from dreamer4_nb.training.loop import summarize
+from dreamer4_nb.training.optimizers import (LossScale, TrainConfig, learning_rate, make_optimizer,
+                                             pick_trainable, training_only)
 
 
 def generator(seed=0):

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb.runs import chain, judge, study
-from dreamer4_nb.evaluation import closed_loop as evaluation
+from dreamer4_nb.runs import chain, judge
+from dreamer4_nb.runs.study import study
+from dreamer4_nb.runs.judge import closed_loop as evaluation
 from dreamer4_nb.method.agent import AgentConfig, Policy
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.runs.chain import Run, TaskView, by_task
@@ -25,7 +26,8 @@ from dreamer4_nb.runs.presets import (AgentPhase, DynamicsPhase, EvaluationPhase
 from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.runs.study import branch, dream_study, dreamed_return, keep_rows, seeded, with_setting
 from dreamer4_nb.method.tokenizer import TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=6)
 SHORT = TrainConfig(steps=1, lr=1e-2, warmup=0, dtype="float32", device="cpu", log_every=1, save_every=1)

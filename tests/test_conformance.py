@@ -6,7 +6,8 @@ import torch
 from dreamer4_nb.method.attention import TransformerConfig, apply_rope
 from dreamer4_nb.method.blocks import BlockCausalTransformer, TokenLayout, empty_cache, mask_rectangles
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.pruned import prune
 
@@ -48,7 +49,7 @@ def test_actions_led_to_their_frame(tmp_path):
     batch = windows(0)
     moved = batch.frames[:, 1:, 0, 0, 0] - batch.frames[:, :-1, 0, 0, 0]
     torch.testing.assert_close(moved * 255 / 10, batch.actions[:, 1:, 0], atol=1e-4, rtol=0)
-    first = torch.from_numpy(windows.offset[windows.draw(0)[0]] == 0)
+    first = torch.from_numpy(windows.first_frame[windows.draw(0)[0]] == 0)
     assert torch.equal(~batch.action_known[:, 0], first) and batch.action_known[:, 1:].all()
 
 

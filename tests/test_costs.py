@@ -25,7 +25,7 @@ from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.tokenizer import TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig
+from dreamer4_nb.training.optimizers import TrainConfig
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -12,9 +12,10 @@ from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.evaluation.dream_env import DreamEnv
 from dreamer4_nb.evaluation.metrics import pick_windows, rollout_report
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
+from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, set_latent_statistics
 from dreamer4_nb.method.forcing import Schedule, sample_sequence
-from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.generation import WorldModel, rollout
+from dreamer4_nb.method.streams import inference_bytes
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.phases import encode_store
 
@@ -66,7 +67,7 @@ def by_window(world, latents, actions, prefix):
 def test_the_stream_equals_the_window_also_when_it_rolls(steps):
     world = make_world(schedule=Schedule(steps=steps), n_agent=1)
     latents, actions = make_context()
-    stream = world.rollout(latents, actions, PREFIX, noise(), torch.zeros(B, 1, 32))
+    stream = rollout(world, latents, actions, PREFIX, noise(), torch.zeros(B, 1, 32))
     torch.testing.assert_close(stream[:, :PREFIX], latents[:, :PREFIX], atol=0, rtol=0)
     torch.testing.assert_close(stream, by_window(world, latents, actions, PREFIX), atol=2e-4, rtol=1e-4)
     assert stream[:, PREFIX:].std() > 0.1
@@ -120,13 +121,13 @@ def test_context_noise_changes_what_follows_with_the_cache_on():
 def test_actions_move_the_dream_and_a_hidden_first_action_does_not():
     world = make_world()
     latents, actions = make_context()
-    base = world.rollout(latents, actions, PREFIX, noise())
+    base = rollout(world, latents, actions, PREFIX, noise())
     other = actions.clone()
     other[:, PREFIX] *= -1
-    assert (world.rollout(latents, other, PREFIX, noise())[:, PREFIX] - base[:, PREFIX]).abs().max() > 1e-3
+    assert (rollout(world, latents, other, PREFIX, noise())[:, PREFIX] - base[:, PREFIX]).abs().max() > 1e-3
     first = actions.clone()
     first[:, 0] *= -1
-    torch.testing.assert_close(world.rollout(latents, first, PREFIX, noise()), base, atol=0, rtol=0)
+    torch.testing.assert_close(rollout(world, latents, first, PREFIX, noise()), base, atol=0, rtol=0)
 
 
 def test_h_of_the_stream_is_h_of_the_window():
@@ -162,10 +163,10 @@ def test_dreams_in_chunks_are_the_same_dreams():
     world = make_world(n_agent=1)
     latents, actions = make_context(b=7)
     agent, known = torch.randn(7, 1, 32, generator=noise(5)), torch.ones(7, LENGTH, dtype=torch.bool)
-    dream = lambda budget: world.rollout(latents, actions, PREFIX, RowGenerators.seeded(0, range(7)), agent, known, budget)
+    dream = lambda budget: rollout(world, latents, actions, PREFIX, RowGenerators.seeded(0, range(7)), agent, known, budget)
     whole = dream(None)
     for rows in (1, 3):
-        torch.testing.assert_close(dream(rows * world.row_bytes(PREFIX)), whole, atol=2e-4, rtol=1e-4)
+        torch.testing.assert_close(dream(rows * inference_bytes(world.dynamics.transformer, PREFIX)), whole, atol=2e-4, rtol=1e-4)
     assert whole[:, PREFIX:].std() > 0.1
     assert len({tuple(row.flatten().tolist()) for row in whole[:, PREFIX:]}) == 7
 
@@ -199,7 +200,7 @@ def stores(tmp_path_factory):
 
 def test_the_report_has_floors_and_ceiling(stores):
     world = make_world()
-    world.dynamics.set_statistics(stores[1].mean, stores[1].std)
+    set_latent_statistics(world.dynamics, stores[1].mean, stores[1].std)
     report = rollout_report(world, *stores, prefix=PREFIX, length=12, windows=6, seed=0)
     assert report["windows"] == 6 and report["per_step"].keys() == {"dream", "reconstruction", "copy_last", "mean_frame"}
     for rows in report["per_step"].values():

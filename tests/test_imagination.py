@@ -17,13 +17,13 @@ from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.generation import WorldModel, compile_world
 from dreamer4_nb.method.checkpoints import load_imagination
 from dreamer4_nb.method.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns,
                                             pmpo_loss)
 from dreamer4_nb.training.phases import largest_return, train_imagination
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig
+from dreamer4_nb.training.optimizers import TrainConfig
 
 SHORT = ImaginationConfig(context=3, horizon=4)
 

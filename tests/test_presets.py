@@ -15,12 +15,14 @@ from dreamer4_nb.method.agent import AgentHeads
 from dreamer4_nb.core import asset, current_names, to_dict
 from dreamer4_nb.runs.costs import SHAPES, count_parameters
 from dreamer4_nb.runs.memory import MACHINES
-from dreamer4_nb.data.windows import LatentStore, Windows
+from dreamer4_nb.data.stores import EpisodeStore
+from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import Dynamics
 from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.runs.presets import PRESETS, resolve
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.method.tokenizer import Tokenizer
 from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import (encode_store, train_agent, train_dynamics, train_imagination,
@@ -191,7 +193,7 @@ def as_long_as_shipped(tmp_path_factory):
                           for n, r, q in zip(lengths, rewards, qualities)])
             store.finish()
         stores.append(EpisodeStore.open(folder / kind))
-    return stores[0], LatentStore(stores[1])
+    return stores[0], stores[1]
 
 
 def rewarded(windows):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.shapes import MICRO, THIN
 
-from dreamer4_nb.runs import bench as scaling
+from dreamer4_nb.runs.bench import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
 from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batches
@@ -19,7 +19,8 @@ from dreamer4_nb.evaluation.closed_loop import text_table
 from dreamer4_nb.method.generation import WorldModel, compile_world, rollout
 from dreamer4_nb.runs.bench import Timing, bench, bench_table, exponent, growth, matmul_peak, measure
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 CPU = torch.device("cpu")
 KEYS = {"tokenizer_train_fps", "encode_fps", "decode_fps", "dynamics_train_fps", "generate_fps", "frame_ms", "frame_decoded_ms", "peak_gflops_fp32",

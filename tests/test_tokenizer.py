@@ -17,17 +17,20 @@ from dreamer4_nb.core import Batch, to_float
 from dreamer4_nb.data.demonstrations import _shipped
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.data.envs import object_pixels, render_states
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.evaluation.ball import BALL_SCORE, ball_metrics, ball_position
 from dreamer4_nb.evaluation.metrics import tokenizer_report
+from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.method.checkpoints import load_tokenizer
 from dreamer4_nb.method.streams import coding_bytes, decode_stream, encode_stream
-from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, slowness_loss, draw_mask,
-                                          gradient_difference, mean_of_valid, patchify, latent_std_loss,
+from dreamer4_nb.method.tokenizer import (PLAIN_OBJECTIVE, Tokenizer, TokenizerConfig, draw_mask,
+                                          gradient_difference, latent_std_loss, mean_of_valid,
+                                          nearest_background, patchify, set_frame_statistics, slowness_loss,
                                           tokenizer_loss, unpatchify)
 from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import encode_store, frame_statistics, train_tokenizer
-from dreamer4_nb.training.loop import TrainConfig
+from dreamer4_nb.training.optimizers import TrainConfig
 
 CONTEXT, FRAMES = 3, 8
 
@@ -119,7 +122,7 @@ def test_clip_length_does_not_matter(tokenizer):
 @pytest.mark.parametrize("pieces", [1, 2, 3, 5, [3, 1, 1, 3]])
 def test_stream_is_window(tokenizer, pieces):
     clip, latents = clip_and_latents()
-    encoder_cache, decoder_cache = tokenizer.init_cache(len(clip))
+    encoder_cache, decoder_cache = (empty_cache(part, len(clip)) for part in (tokenizer.encoder, tokenizer.decoder))
     check_stream(tokenizer.encode, encoder_cache, clip, pieces)
     check_stream(tokenizer.decode, decoder_cache, latents, pieces)
 
@@ -148,7 +151,7 @@ def test_the_checks_can_fail(tokenizer):
 
 def test_latents_are_bounded_and_a_newborn_draws_the_mean_frame():
     model, clip = Tokenizer(TokenizerConfig(image=16)), clip_and_latents()[0]
-    model.set_statistics(clip.flatten(0, 1))
+    set_frame_statistics(model, clip.flatten(0, 1))
     recon, z = model(clip * 50)
     assert z.abs().max() <= 1 and torch.equal(recon, model.mean_frame.expand_as(clip))
 
@@ -162,8 +165,8 @@ def test_scenes():
     torch.manual_seed(0)
     model = Tokenizer(TokenizerConfig(image=16, n_latents=2, d_latent=4, n_backgrounds=3, transformer=TransformerConfig(width=32, depth=2, heads=2, kv_heads=2, time_every=2)))
     for k in range(3):
-        model.set_statistics(frames[k], k)
-    assert torch.equal(model.background(frames.transpose(0, 1)), torch.arange(3).expand(40, 3))                       # any leading shape
+        set_frame_statistics(model, frames[k], k)
+    assert torch.equal(nearest_background(frames.transpose(0, 1), model.mean_frame, model.config.patch), torch.arange(3).expand(40, 3))                       # any leading shape
     assert torch.allclose(model.mean_frame[1], frames[1].mean(0)) and torch.allclose(model.std_frame[2], frames[2].std(0))
     nn.init.normal_(model.to_background.weight)
     latents = torch.rand(1, 1, 2, 4, generator=g)
@@ -338,7 +341,7 @@ def test_ball_metrics_hold_at_every_image_size(tmp_path):
         shape = TransformerConfig(width=32, depth=2, heads=2, kv_heads=2, time_every=2, context=2)
         config = TokenizerConfig(image=image, patch=16, n_latents=2, d_latent=4, transformer=shape)
         model = Tokenizer(config).eval()
-        model.set_statistics(to_float(torch.from_numpy(store.column("frames"))))
+        set_frame_statistics(model, to_float(torch.from_numpy(store.column("frames"))))
         reports[image] = tokenizer_report(model, store, frames=60)
     for report in reports.values():
         truth, floor = report["true_frames"], report["mean_frame"]
@@ -586,10 +589,10 @@ def test_bad_input_is_a_user_error(tokenizer, tmp_path):
     mistakes = [lambda: tokenizer.encode(clip[:, 0]), lambda: tokenizer.encode(clip[..., :8]), lambda: tokenizer.encode(clip[:, :, :1]),
                 lambda: tokenizer.encode(clip.movedim(2, -1)), lambda: tokenizer.decode(latents[:, :, :1]), lambda: tokenizer.decode(latents.flatten(2)),
                 lambda: tokenizer.encode(clip, mask=torch.zeros(2, FRAMES, 9, dtype=torch.bool)), lambda: tokenizer.set_statistics(clip),
-                lambda: tokenizer.encode(clip, cache=tokenizer.init_cache(3)[0]), lambda: TokenizerConfig(image=60), lambda: TokenizerConfig(mask_max=1.5),
+                lambda: tokenizer.encode(clip, cache=empty_cache(tokenizer.encoder, 3)), lambda: TokenizerConfig(image=60), lambda: TokenizerConfig(mask_max=1.5),
                 lambda: TokenizerConfig(latent_noise=-1.0), lambda: TokenizerConfig(n_backgrounds=0),
                 lambda: TokenizerConfig(latent_std_weight=-1.0), lambda: TokenizerConfig(latent_std=0.0),
-                lambda: Tokenizer(TokenizerConfig(image=16)).set_statistics(clip[0, :1]),
+                lambda: set_frame_statistics(Tokenizer(TokenizerConfig(image=16)), clip[0, :1]),
                 lambda: encode_stream(tokenizer, torch.zeros(1, 2, 3, 16, 16, dtype=torch.uint8)),
                 lambda: train_small(two_tasks, {"n_backgrounds": 3}),
                 lambda: load_tokenizer(tmp_path / "missing.safetensors"), lambda: load_tokenizer(other),

@@ -11,21 +11,24 @@ from torch import nn
 
 from dreamer4_nb.evaluation import metrics
 from dreamer4_nb.method import attention, dynamics, forcing
+from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.training import phases
 from dreamer4_nb.method.agent import AgentConfig, AgentHeads, Policy, only_live
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import load_checkpoint, step_generator
-from dreamer4_nb.data.windows import Mixture, Windows
+from dreamer4_nb.data.mixtures import Mixture
+from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.checkpoints import load_dynamics
-from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_layout, video_loss
+from dreamer4_nb.method.dynamics import (Dynamics, DynamicsConfig, dynamics_layout, set_latent_statistics,
+                                         video_loss)
 from dreamer4_nb.training.phases import train_dynamics
 from dreamer4_nb.evaluation.report import beside_dream, dreams
 from dreamer4_nb.method.forcing import Schedule
 from dreamer4_nb.evaluation.dream_env import DreamEnv
 from dreamer4_nb.evaluation.metrics import rollout_report
-from dreamer4_nb.method.generation import WorldModel
+from dreamer4_nb.method.generation import WorldModel, rollout
 from dreamer4_nb.method.checkpoints import load_imagination
 from dreamer4_nb.method.imagination import ImaginationConfig, imagine
 from dreamer4_nb.training.phases import train_imagination
@@ -34,7 +37,8 @@ from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.method.checkpoints import load_tokenizer
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.phases import encode_store, train_tokenizer
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 THIN = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
 FRAMES = TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=THIN)
@@ -51,14 +55,14 @@ def make_world(seed=0, n_agent=1, action_dim=2):
     world = WorldModel(tokenizer, Dynamics(config)).eval()
     for layer in (world.dynamics.to_latent, world.tokenizer.to_patch):
         nn.init.normal_(layer.weight, std=0.3)
-    world.dynamics.set_statistics(torch.rand(4, 6) - 0.5, torch.rand(4, 6) + 0.5)
+    set_latent_statistics(world.dynamics, torch.rand(4, 6) - 0.5, torch.rand(4, 6) + 0.5)
     return world
 
 
 def make_heads(seed=0, **changes):
     torch.manual_seed(seed)
     heads = AgentHeads(replace(AGENT, **changes))
-    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1]):
+    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1]):
         nn.init.normal_(layer.weight, std=0.3)
     return heads.eval()
 
@@ -165,13 +169,13 @@ def by_rollout(world, store, latents, first):
     g = torch.Generator().manual_seed(0)
     z, actions = torch.rand(2, 6, 4, 6, generator=g) * 2 - 1, torch.rand(2, 6, 2, generator=g) * 2 - 1
     known = None if first else torch.ones(2, 6, dtype=torch.bool)
-    world.rollout(z, actions, 3, g, torch.zeros(2, 1, 32), known)
+    rollout(world, z, actions, 3, g, torch.zeros(2, 1, 32), known)
     return actions
 
 
 def by_imagine(world, store, latents, first):
     windows, heads = Windows(latents, 3, 2), make_heads()
-    batch = windows.at(np.flatnonzero(windows.offset == 0 if first else windows.offset == 2)[:2])
+    batch = windows.at(np.flatnonzero(windows.first_frame == 0 if first else windows.first_frame == 2)[:2])
     config, g = ImaginationConfig(context=3, horizon=3), torch.Generator().manual_seed(0)
     dream = imagine(world, heads, heads.policy, batch, config, g)
     return torch.cat([batch.actions, dream["actions"]], 1)
@@ -245,7 +249,7 @@ def test_a_report_dreams_its_windows_and_then_under_another_windows_actions(stor
     everything = windows.at(np.arange(windows.n_windows)).actions[:, 1:]
     numbers = [(everything == row[1:]).all(2).all(1).nonzero()[:, 0].tolist() for row in true]
     assert [len(found) for found in numbers] == [1, 1, 1]
-    assert known[:, 0].tolist() == (windows.offset[np.concatenate(numbers)] > 0).tolist()
+    assert known[:, 0].tolist() == (windows.first_frame[np.concatenate(numbers)] > 0).tolist()
     assert torch.equal(shuffled[:, :3], true[:, :3]) and torch.equal(shuffled[:, 3:], true[:, 3:].roll(1, 0))
 
 
@@ -274,7 +278,7 @@ def test_a_report_measures_the_ball_where_it_is_at_that_frame(tmp_path, monkeypa
 
 def test_what_a_stream_remembers_has_no_gradient():
     model = make_world().dynamics
-    g, cache = torch.Generator().manual_seed(0), model.init_cache(2)
+    g, cache = torch.Generator().manual_seed(0), empty_cache(model.transformer, 2)
     for t in (2, 1):
         index = torch.full((2, t), 3)
         z = torch.randn(2, t, 2, 12, generator=g).requires_grad_()
@@ -296,7 +300,7 @@ def test_the_dynamics_get_the_statistics_of_their_latents(stores, tmp_path):
     latents = stores[1]
     trained = train_dynamics(latents, WORLD, SHORT, tmp_path, batch=2, length=4)
     expected = Dynamics(WORLD)
-    expected.set_statistics(torch.as_tensor(latents.mean), torch.as_tensor(latents.std))
+    set_latent_statistics(expected, torch.as_tensor(latents.mean), torch.as_tensor(latents.std))
     state, _ = load_checkpoint(tmp_path / "dynamics.safetensors")
     for name in ("latent_mean", "latent_std"):
         wanted = getattr(expected, name)

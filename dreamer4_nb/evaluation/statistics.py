@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..core import UserError, check_shape, write_json
-from ..data.envs import solved
+from ..data.tasks import solved
 
 # %% ../../nbs/12_statistics.ipynb #cell-7
 _COLUMNS = ("seed", "success", "final_success", "return", "first_success")

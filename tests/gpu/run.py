@@ -31,9 +31,10 @@ from apart import Note, Work, last_lines, noted
 from helpers.toy_presets import thin_preset, thin_shape
 from helpers.toy_stores import make_moving
 
-from dreamer4_nb.runs import bench as scaling
+from dreamer4_nb.runs.bench import bench as scaling
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
-from dreamer4_nb.runs.chain import ORDER, Run
+from dreamer4_nb.runs.chain import Run
+from dreamer4_nb.runs.folder import ORDER
 from dreamer4_nb.core import UserError, cache_dir, pick_dtype, write_json
 from dreamer4_nb.runs.costs import SHAPES, Shape, random_batches
 from dreamer4_nb.runs.memory import predict
@@ -43,7 +44,8 @@ from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import imagination_loss
 from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, predict_phases, phase_shapes
 from dreamer4_nb.method.tokenizer import PerceptualLoss, Tokenizer, tokenizer_loss
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 SHARES = {"machine": 0.05, "tests": 0.16, "chain": 0.2, "steps": 0.32, "bench": 0.5}     # of the time
 OF_TOKENIZER = ("tokenizer", "slow")

@@ -24,7 +24,7 @@ def spread_weights(layers: Iterable[nn.Linear], std: float = 0.3) -> None:
 
 def output_layers(heads: AgentHeads) -> list[nn.Linear]:
     "The last layers of policy, reward, value and continue heads."
-    return [heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues[-1]]
+    return [heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1]]
 
 
 def make_world(tokenizer: TokenizerConfig, dynamics: DynamicsConfig, seed: int = 0) -> WorldModel:

@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.data.envs import task_info
+from dreamer4_nb.data.tasks import task_info
 from dreamer4_nb.runs.presets import Preset
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 
 IMAGE = 32
 

@@ -13,7 +13,8 @@ from dreamer4_nb.core import step_generator
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
 from dreamer4_nb.training.ranks import leave_ranks
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 CONFIG = DynamicsConfig(n_latents=4, d_latent=8, pack=2, train_on_context=True,
                         transformer=TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, context=8))

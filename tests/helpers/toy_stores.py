@@ -1,7 +1,8 @@
 "Small stores for the tests of stores and of what is drawn from them."
 import numpy as np
 
-from dreamer4_nb.data.stores import Episode, EpisodeStore, atomic_store
+from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 
 
 def make(path, task, lengths, width=1, image=4):

@@ -14,7 +14,8 @@ from torch import nn
 from dreamer4_nb import core
 from dreamer4_nb.core import save_checkpoint, step_generator
 from dreamer4_nb.training.ranks import leave_ranks
-from dreamer4_nb.training.loop import TrainConfig, fit
+from dreamer4_nb.training.loop import fit
+from dreamer4_nb.training.optimizers import TrainConfig
 
 
 def make_modules(seed=0):
