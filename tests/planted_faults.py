@@ -51,6 +51,7 @@ NEAREST = {
     "loop": ["by_hand", "wiring", "training"],
     "phases": ["wiring", "presets", "training"],
     "windows": ["wiring", "data"],
+    "mixtures": ["wiring", "data"],
     "ball": ["tokenizer", "evaluation"],
     "metrics": ["evaluation", "generation", "tokenizer"],
     "dream_env": ["generation", "evaluation"],
@@ -65,8 +66,8 @@ CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generati
             "presets"]
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "pruned",
           "tokenizer", "dynamics", "generation", "agent", "imagination"]
-WIRING = ["loop", "phases", "windows", "ball", "metrics", "dream_env", "closed_loop", "statistics", "report",
-          "study", "chain"]
+WIRING = ["loop", "phases", "windows", "mixtures", "ball", "metrics", "dream_env", "closed_loop", "statistics",
+          "report", "study", "chain"]
 # What starts processes of its own, predicts costs, or only reads text takes no part.
 SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", "ladder", "readme", "style"}
 NOT_RUN = "not compile and not kill_at_any_moment"
@@ -99,7 +100,7 @@ KNOWN = [
      r"self.late = self.action\n"),
     ("dreams call an episode's first action known", "report",
      r"(def dreams\(.*?torch\.arange\(length[^)]*\)) > 0", r"\1 >= 0"),
-    ("the parts of a mixture share one seed", "windows", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
+    ("the parts of a mixture share one seed", "mixtures", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
     ("the tokenizer's second part keeps the slowness of the first", "phases",
      r"partial\(loss, part=part\)", "loss"),
     ("video_loss forgets the bound of the bootstrap", "dynamics", r"(\n\s+)c\.clip,", r"\1None,"),
