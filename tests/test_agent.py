@@ -18,7 +18,7 @@ from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.data.arrays import atomic_store
-from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.data.stores import Episode
 from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
 from dreamer4_nb.training.optimizers import TrainConfig
 

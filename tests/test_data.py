@@ -34,7 +34,7 @@ def counting(path, lengths, task="a"):
     store, episodes = EpisodeStore.create(path, task, 1, (1, 1, 1), 1), []
     for n in lengths:
         rows = np.arange(n) / 256
-        wide = {name: rows[:, None] for name in ("actions", "intended", "states")}
+        wide = dict.fromkeys(("actions", "intended", "states"), rows[:, None])
         frames = np.arange(n, dtype=np.uint8).reshape(n, 1, 1, 1)
         episodes.append(Episode(**wide, rewards=rows, frames=frames, continues=np.arange(n) < n - 1))
     store.extend(episodes)

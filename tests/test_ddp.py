@@ -1,5 +1,9 @@
 "Two ranks under torchrun: equal gradients, the last step saved, every rank exits."
-import os, signal, subprocess, sys, time
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest

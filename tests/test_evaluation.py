@@ -167,7 +167,9 @@ def test_kept_frames_and_actions_line_up(corridor):
 def test_what_a_policy_sees(corridor):
     class Peeks:
         name, sees, seen = "peeks", "states", []
-        def act(self, states): self.seen.append(states.copy()); return np.ones((len(states), 1))
+        def act(self, states):
+            self.seen.append(states.copy())
+            return np.ones((len(states), 1))
     policy = Peeks()
     evaluate_policy(policy, "corridor", [3, 4], decisions=2)
     assert policy.seen[1].tolist() == [[0.25, 3], [0.25, 4]]

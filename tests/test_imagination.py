@@ -17,7 +17,7 @@ from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
-from dreamer4_nb.method.generation import WorldModel, compile_world
+from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.checkpoints import load_imagination
 from dreamer4_nb.method.imagination import (ImaginationConfig, imagination_loss, imagine, lambda_returns,
                                             pmpo_loss)
@@ -262,7 +262,8 @@ def test_the_prior_stays_and_its_kl_pulls():
     assert loss_fn(learners, make_contexts(), generator())[1]["kl"] < 1e-6
     for policy in (learners["policy"], heads.policy):                 # even the caller's own policy may move on
         with torch.no_grad():
-            for p in policy.parameters(): p.add_(0.1)
+            for p in policy.parameters():
+                p.add_(0.1)
     assert loss_fn(learners, make_contexts(), generator())[1]["kl"] > 1e-3
     with_kl, without = (torch.autograd.grad(imagination_loss(*make_agent(), ImaginationConfig(context=3, horizon=4, beta=b))(learners, make_contexts(), generator())[0]["policy"],
                                             learners["policy"].net[-1].weight)[0] for b in (1.0, 0.0))
@@ -273,7 +274,8 @@ def test_the_kl_points_from_the_policy_to_the_prior():
     world, heads = make_agent()
     learners = make_learners(heads)
     with torch.no_grad():
-        for p in learners["policy"].parameters(): p.add_(0.2)
+        for p in learners["policy"].parameters():
+            p.add_(0.2)
     metrics = imagination_loss(world, heads, SHORT)(learners, make_contexts(), generator())[1]
     h = imagine(world, heads, learners["policy"], make_contexts(), SHORT, generator())["h"][:, :-1]
     now, prior = learners["policy"](h), heads.policy(h)

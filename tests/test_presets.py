@@ -22,7 +22,7 @@ from dreamer4_nb.method.forcing import draw_levels
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.runs.presets import PRESETS, resolve
 from dreamer4_nb.data.arrays import atomic_store
-from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.data.stores import Episode
 from dreamer4_nb.method.tokenizer import Tokenizer
 from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import (encode_store, train_agent, train_dynamics, train_imagination,

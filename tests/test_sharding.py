@@ -1,5 +1,8 @@
 "Weights spread over two and four ranks (FSDP2, HSDP): the run of one process, resumed on other ranks, continued after a kill."
-import json, os, subprocess, sys
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,7 +73,8 @@ def test_muon_makes_whole_matrices_of_spread_ones(tmp_path):
         fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, batches, make_config(accumulate=4, muon=1), tmp_path / folder, progress=False)
 
     def stop(i):
-        if i == 5 * 4: raise ZeroDivisionError
+        if i == 5 * 4:
+            raise ZeroDivisionError
         return make_batch(i)
 
     run("alone")

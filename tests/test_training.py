@@ -1,5 +1,10 @@
 "The training loop keeps what it has: resume, kills, full disks, bad losses."
-import builtins, errno, os, signal, subprocess, sys
+import builtins
+import errno
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest

@@ -24,7 +24,7 @@ from absl import logging
 
 import dreamer4_nb
 from ..core import UserError
-from .tasks import TASKS, TaskInfo, solved, task_info
+from .tasks import TaskInfo, task_info
 
 # %% ../../nbs/26_envs.ipynb #cell-5
 def setup_gl() -> str:

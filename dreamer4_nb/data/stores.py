@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
-from .arrays import (PER_ROW, VERSION, JoinedArrays, StoreArrays, atomic_store, check_appendable,
-                                     create_arrays, exists, filesystem, is_url, open_arrays, task_widths,
+from .arrays import (PER_ROW, JoinedArrays, StoreArrays, check_appendable, create_arrays,
+                                     exists, filesystem, is_url, open_arrays, task_widths,
                                      write_errors)
 
 # %% ../../nbs/29_stores.ipynb #cell-10

@@ -144,7 +144,9 @@ def encode_episodes(
 def _mean_frames(tokenizer: Tokenizer, frames: Tensor) -> Tensor:
     "For every frame (n, c, h, w) the mean frame of its background, on the CPU."
     device = tokenizer.mean_frame.device
-    background = [nearest_background(part.to(device), tokenizer.mean_frame, tokenizer.config.patch).cpu() for part in frames.split(LONGEST)]
+    patch = tokenizer.config.patch
+    background = [nearest_background(part.to(device), tokenizer.mean_frame, patch).cpu()
+                  for part in frames.split(LONGEST)]
     return tokenizer.mean_frame.cpu()[torch.cat(background)]
 
 
@@ -374,7 +376,8 @@ def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore
 
     last = slice(prefix - 1, prefix)
     last_latents = data.latents[:, last].expand(-1, length, -1, -1)
-    background = world.nearest_background(truth.to(world.device), tokenizer.mean_frame, tokenizer.config.patch).cpu()
+    image = world.tokenizer.config
+    background = nearest_background(truth.to(world.device), world.tokenizer.mean_frame, image.patch).cpu()
     per_step = {
         "dream": measured(decode_stream(world.tokenizer, dreamed, budget)[:, prefix:], z(dreamed)),
         "reconstruction": measured(decode_stream(world.tokenizer, data.latents, budget)[:, prefix:], true_z),

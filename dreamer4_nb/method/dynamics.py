@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..core import Batch, UserError, check_shape
 from .attention import TransformerConfig, beside_context, segment_mask, time_mask
-from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout, next_slot
+from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
 from .forcing import Schedule, forcing_loss, noise_context
 
 # %% ../../nbs/08_dynamics.ipynb #cell-6

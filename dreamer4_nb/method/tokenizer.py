@@ -350,7 +350,7 @@ class PerceptualLoss:
                       "AlexNet's weights are not on this machine, image-gradient differences take its place. "
                       f"To fetch them: {FETCH_TRUNK}")
         if self.kind == "lpips":
-            import lpips  # type: ignore[import-untyped]
+            import lpips
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")      # lpips calls torchvision in an old way
                 self.net = lpips.LPIPS(net="alex", verbose=False).requires_grad_(False)

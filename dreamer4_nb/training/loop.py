@@ -435,7 +435,7 @@ def show(bar: tqdm, record: dict[str, float], names: list[str]) -> None:
 
 # %% ../../nbs/37_loop.ipynb #86df6005
 def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Batches, config: TrainConfig,
-        run_dir: str | Path | None = None, weights: dict[str, float] = {}, model_config: dict = {},
+        run_dir: str | Path | None = None, weights: dict[str, float] | None = None, model_config: dict | None = None,
         trainable: list[str] | None = None, resume_hint: str = "run the same command again",
         progress: bool = True) -> list[dict[str, float]]:
     """Train `modules` and return the history: losses, metrics and speed for every `log_every` steps.
@@ -459,7 +459,8 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     `UserError` for a loss that is not finite, a checkpoint of another config, a full disk: the last good
     checkpoint stays. Ctrl-C saves, says how to go on (`resume_hint`) and raises `KeyboardInterrupt`."""
     run_dir = None if run_dir is None else Path(run_dir)
-    trainer = Trainer(name, modules, loss_fn, config, run_dir, model_config, trainable)
+    weights = weights or {}
+    trainer = Trainer(name, modules, loss_fn, config, run_dir, model_config or {}, trainable)
     first = trainer.rank == 0
     start = trainer.resume()
     log = RunLog(name, run_dir if first else None, start)

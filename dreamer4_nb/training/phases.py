@@ -23,7 +23,6 @@ from ..core import Batch, UserError, print0, seed_everything, to_dict
 from ..data.latents import encode_latents
 from ..data.mixtures import Mixture
 from ..data.stores import EpisodeStore
-from ..data.stores import EpisodeStore
 from ..data.windows import Windows
 from ..method.agent import AgentConfig, AgentHeads, ScalarHead, agent_loss, covering_range
 from ..method.dynamics import Dynamics, DynamicsConfig, dynamics_loss, set_latent_statistics

@@ -29,7 +29,7 @@ from dreamer4_nb.evaluation.closed_loop import evaluate_policy
 from dreamer4_nb.evaluation.dream_env import DreamEnv
 from dreamer4_nb.evaluation.metrics import rollout_report, tokenizer_report
 from dreamer4_nb.evaluation.report import beside_dream, dreams, reconstructions
-from dreamer4_nb.method.generation import WorldModel, rollout
+from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import imagination_loss
 from dreamer4_nb.runs.presets import MICRO, PRESETS, Preset, phase_shapes
 from dreamer4_nb.runs.bench import bench
