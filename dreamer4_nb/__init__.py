@@ -69,6 +69,7 @@ def dream(
     from .data.demonstrations import load_demonstrations
     from .evaluation.dream_env import DreamFilm
     from .method.agent import Policy
+    from .method.streams import encode_stream
 
     policy = world if isinstance(world, Policy) else None
     model = world.world if isinstance(world, Policy) else world
@@ -77,7 +78,7 @@ def dream(
         image = model.tokenizer.config.image
         episode = load_demonstrations(task, episodes=1, image=image, progress=False).episode(0)
 
-    latents = model.encode(torch.as_tensor(episode.frames[None, :context]))
+    latents = encode_stream(model.tokenizer, torch.as_tensor(episode.frames[None, :context]))
     led_to = torch.zeros(1, context, model.dynamics.config.action_dim, device=model.device)
     led_to[0, :, :episode.actions.shape[1]] = torch.as_tensor(episode.actions[:context])
     generator = step_generator(seed)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from dreamer4_nb.runs import chain, judge
-from dreamer4_nb.runs.study import study
-from dreamer4_nb.runs.judge import closed_loop as evaluation
+from dreamer4_nb.runs import study
+from dreamer4_nb.evaluation import closed_loop as evaluation
 from dreamer4_nb.method.agent import AgentConfig, Policy
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.runs.chain import Run, TaskView, by_task
@@ -342,7 +342,7 @@ def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
     assert page.exists() and results["task"] == TASK
     pairs = [(f"PMPO, {readout}", f"cloning, {readout}") for readout in ("sample", "mean")]
     compared = [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]]
-    assert compared == [(*pair, measure) for measure in ("any", "returns") for pair in pairs]
+    assert compared == [(*pair, measure) for measure in ("success", "returns") for pair in pairs]
     assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.view))
     assert results["tokenizer"] == measured(made.view)["tokenizer"] and results["dream"]["windows"] == 2
 
@@ -427,7 +427,7 @@ def test_the_rows_of_a_study_say_what_stands_behind_them(studied):
     assert rows == wanted
     for r in studied.rows:
         assert (r["setting"], r["n"], r["decisions"], r["task"]) == (None, 2, 3, TASK)
-        assert (r["dreamed"] is None) == (r["readout"] is None) and r["low"] <= r["catch"] <= r["high"]
+        assert (r["dreamed"] is None) == (r["readout"] is None) and r["low"] <= r["success"] <= r["high"]
     assert all(list(args[2]) == [40, 41] and args[3] == 3 for _, args, _ in studied.calls)
 
 
@@ -478,8 +478,8 @@ def test_dreams_are_studied_from_the_phase_of_the_setting_on(made):
 def test_rows_take_the_place_of_those_they_repeat(tmp_path):
     row = dict(run="r", task="t", setting=None, value=None, policy="PMPO", agent_seed=0, policy_seed=0,
                readout="mean", decisions=5)
-    old, path = [row | {"catch": 0.1}, row | {"policy_seed": 1, "catch": 0.2}], tmp_path / "rows.json"
+    old, path = [row | {"success": 0.1}, row | {"policy_seed": 1, "success": 0.2}], tmp_path / "rows.json"
     keep_rows(path, old)
-    new = [row | {"catch": 0.9}, row | {"decisions": 6, "catch": 0.3}]
+    new = [row | {"success": 0.9}, row | {"decisions": 6, "success": 0.3}]
     keep_rows(path, new)
     assert json.loads(path.read_text())["rows"] == [old[1], *new]

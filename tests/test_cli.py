@@ -115,7 +115,7 @@ def test_demo_makes_everything(finished):
     assert {"tokenizer", "latents", "dynamics", "agent", "imagination", "evaluation"} <= results["phases"].keys()
     policies = [row["policy"] for row in results["closed_loop"]]
     assert policies == ["random", "cloning, sample", "PMPO, sample", "demonstrator"]
-    assert all(0 <= row["any"] <= 1 for row in results["closed_loop"])
+    assert all(0 <= row["success"] <= 1 for row in results["closed_loop"])
     assert results["dream"]["mean"]["dream"]["psnr"] and results["tokenizer"]["mean_frame"]["psnr"]
     page = (finished / "report.html").read_text()
     for name in ("policy-0.webp", "dream-steps.png", "dream-rollouts.webp", "tokenizer-frames.png", "training-curves.png"):

@@ -10,7 +10,7 @@ from scipy import stats
 from dreamer4_nb.core import UserError, asset
 from dreamer4_nb.data.demonstrations import load_demonstrations
 from dreamer4_nb.data.tasks import TASKS, TaskInfo
-from dreamer4_nb.runs.judge import closed_loop as evaluation
+from dreamer4_nb.evaluation import closed_loop as evaluation
 from dreamer4_nb.evaluation.closed_loop import (check_fresh, closed_loop_rows, closed_loop_table,
                                                 evaluate_policy, text_table)
 from dreamer4_nb.evaluation.report import report

@@ -46,7 +46,7 @@ def record_calls(world):
 
     def hook(module, args, kwargs):
         cache = getattr(kwargs["cache"], "cache", kwargs["cache"])   # a place in a cache, or the cache
-        calls.append({"z": args[0].clone(), "i": args[1], "j": args[2], "commit": kwargs["commit"], "length": cache.length})
+        calls.append({"z": args[0].clone(), "i": args[1], "j": args[2], "commit": kwargs.get("commit", True), "length": cache.length})
 
     world.dynamics.register_forward_pre_hook(hook, with_kwargs=True)
     return calls

@@ -200,8 +200,8 @@ def rewarded(windows):
     "Share of frames with a reward among those that are drawn without focus, over that in the store."
     even = Windows(windows.store, windows.length, 1, pad=True)
     before = np.concatenate([[0], np.cumsum(even.store.column("rewards") > 0)])
-    first = (np.cumsum(even.store.lengths) - even.store.lengths)[even.owner] + even.offset
-    real = even.real[even.owner]
+    first = (np.cumsum(even.store.lengths) - even.store.lengths)[even.episode_index] + even.first_frame
+    real = even.real[even.episode_index]
     drawn = even.probabilities @ (before[first + real] - before[first]) / (even.probabilities @ real)
     return drawn / (before[-1] / even.store.n_frames)
 

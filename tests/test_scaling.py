@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers.shapes import MICRO, THIN
 
-from dreamer4_nb.runs.bench import bench as scaling
+from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
 from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batches

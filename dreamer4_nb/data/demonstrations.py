@@ -174,7 +174,7 @@ def _print_report(report: dict[str, dict]) -> None:
               f"{row['final_success']:6.2f} {number(row['first'], 0):>6} {row['return']:7.1f} "
               f"{number(row['coverage'], 2):>9}")
 
-
+# %% ../../nbs/33_demonstrations.ipynb #68886530
 def _columns_of(source: EpisodeStore | str) -> tuple[str, dict[str, np.ndarray]]:
     """The task of demonstrations, and their columns lengths, quality, rewards and states.
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..core import UserError, to_uint8
 from ..data.stores import EpisodeStore
 from ..data.windows import Windows
+from ..method.blocks import empty_cache
 from ..method.generation import WorldModel
 
 Head = Callable[[Tensor], Tensor]
@@ -83,7 +84,7 @@ class DreamFilm:
         self.world = world
         self.dream = world.start(1, generator, _agent_tokens(world, agent, are_read=False))
         world.observe(self.dream, latents, actions, known)
-        _, self.cache = world.tokenizer.init_cache(1)
+        self.cache = empty_cache(world.tokenizer.decoder, 1)
         self._draw(latents)
 
     @property

@@ -279,8 +279,8 @@ def train_imagination(latents: EpisodeStore, world: WorldModel, heads: AgentHead
 
     The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their
     RMS here: PMPO's is a difference of log-likelihoods, and its size says nothing about its gradient. The
-    value head's bins reach the largest return of the data under γ; where the heads' own do not, a new value head
-    is trained."""
+    value head's bins reach the largest return of the data under γ; where the heads' own do not, a new value
+    head is trained."""
     seed_everything(train.seed)
     value, heads_config = value_head_for(heads, largest_return(latents, config.gamma))
     policy = copy.deepcopy(heads.policy)

@@ -31,7 +31,7 @@ from apart import Note, Work, last_lines, noted
 from helpers.toy_presets import thin_preset, thin_shape
 from helpers.toy_stores import make_moving
 
-from dreamer4_nb.runs.bench import bench as scaling
+from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
 from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.runs.folder import ORDER
@@ -117,12 +117,12 @@ def chain_phase(name: str, folder: Path, device: torch.device, note: Note) -> No
     compile = device.type == "cuda"
     note(compiled=compile)
     try:
-        getattr(Run(folder / "run", chain_preset(folder, device, compile)), name)
+        Run(folder / "run", chain_preset(folder, device, compile)).train(name)
     except Exception as error:
         if not compile:
             raise
         note(compiled=last_lines(error))
-        getattr(Run(folder / "run", chain_preset(folder, device, False)), name)
+        Run(folder / "run", chain_preset(folder, device, False)).train(name)
 
 
 def chain_use(folder: Path, device: torch.device, note: Note) -> None:

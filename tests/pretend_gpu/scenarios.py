@@ -17,10 +17,9 @@ import torch
 from pretend_gpu.load import load
 from helpers.toy_presets import thin_preset
 
-from dreamer4_nb.runs import chain
-from dreamer4_nb.runs.study import study
+from dreamer4_nb.runs import chain, folder, judge, study
 from dreamer4_nb.method.agent import AgentHeads, Policy, agent_loss
-from dreamer4_nb.runs.chain import Run
+from dreamer4_nb.runs.chain import Run, by_task
 from dreamer4_nb.core import cache_dir, pick_device
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import dynamics_loss
@@ -57,23 +56,26 @@ def micro_of(name: str) -> Preset:
 @cache
 def plain() -> Run:
     "The run that most scenarios look at; its phases are made where they are first asked for."
-    return Run(Path("plain"), MICRO_HERE)
+    run = Run(Path("plain"), MICRO_HERE)
+    run.train("imagination")
+    return run
 
 
 def train(preset: Preset, name: str) -> None:
-    Run(Path(name), preset).imagination
+    Run(Path(name), preset).train("imagination")
 
 
 def train_with(setting: str, value) -> None:
     "All phases from the one that a setting belongs to; what comes before is the plain run's."
     phase = setting.partition(".")[0]
-    before = chain.ORDER[chain.ORDER.index(phase) - 1]
+    before = folder.ORDER[folder.ORDER.index(phase) - 1]
     preset = study.with_setting(MICRO_HERE, setting, value)
     act(study.branch(plain(), Path(setting, str(value)), before, preset))
 
 
 def act(run: Run) -> None:
     "A few actions of the policy after phase 3, on frames of a held-out episode."
+    run.train("imagination")
     frames = run.split[1].episode(0).frames
     policy = Policy(run.world, run.imagination)
     policy.reset(2)
@@ -107,7 +109,7 @@ def rollouts(world: WorldModel) -> None:
 def closed_loop(readout: str) -> None:
     run = plain()
     policy = Policy(run.world, run.imagination, readout)
-    records = evaluate_policy(policy, run.task, [1, 2], decisions=4, workers=1, keep=1)
+    records = evaluate_policy(policy, run.preset.tasks[0], [1, 2], decisions=4, workers=1, keep=1)
     assert np.isfinite(records.actions).all()
 
 
@@ -213,14 +215,14 @@ SCENARIOS = {
     "dreams, phase 2": lambda: dreams(plain().world, plain().split[1], 4, 10, 2),
     **{f"closed loop, {readout}": partial(closed_loop, readout) for readout in ("sample", "mean", "mode")},
     "beside dream": real_and_dreamed,
-    "dreamed return": lambda: study.dreamed_return(plain(), plain().imagination, 4, 3),
+    "dreamed return": lambda: study.dreamed_return(by_task(plain())[0], plain().imagination, 4, 3),
     "DreamEnv, phase 1": lambda: dream_env(of_phase_1()),
     "DreamEnv, phase 2 without agent": lambda: dream_env(plain().world),
     "DreamEnv, phase 2 with reward": lambda: dream_env(plain().world, with_reward=True),
     "fork": fork,
     "sample sequence": lambda: continue_sequence(torch.Generator()),
     "sample sequence, its own generator": lambda: continue_sequence(torch.Generator(DEVICE)),
-    "finish": lambda: chain.finish(plain()),
+    "finish": lambda: judge.finish(plain()),
     **{name: partial(train_with, *setting) for name, setting in SWITCHES.items()},
     **{f"switches of {name}": partial(train, micro_of(name), name) for name in OF_PRESETS},
     "bernoulli policy": keys,
