@@ -93,7 +93,7 @@ KNOWN = [
     ("fused attention repeats heads in another order", "attention",
      r"keys\.repeat_interleave\(shared, 1\)\n(\s+)values = values\.repeat_interleave\(shared, 1\)",
      r"keys.repeat(1, shared, 1, 1)\n\1values = values.repeat(1, shared, 1, 1)"),
-    ("train_dynamics sets no statistics", "phases", r"\n    dynamics\.set_statistics\([^\n]*\)\n", "\n"),
+    ("train_dynamics sets no statistics", "phases", r"\n    set_latent_statistics\(dynamics, [^\n]*\)\n", "\n"),
     ("the streaming policy passes the action one step late", "agent",
      r"self\.world\.observe\(self\.dream, latents, self\.action\[:, None\]([^\n]*)\)\n",
      r"self.world.observe(self.dream, latents, getattr(self, 'late', self.action)[:, None]\1); "

@@ -588,7 +588,7 @@ def test_bad_input_is_a_user_error(tokenizer, tmp_path):
     save_checkpoint(foreign, {}, {"dynamics": {}})
     mistakes = [lambda: tokenizer.encode(clip[:, 0]), lambda: tokenizer.encode(clip[..., :8]), lambda: tokenizer.encode(clip[:, :, :1]),
                 lambda: tokenizer.encode(clip.movedim(2, -1)), lambda: tokenizer.decode(latents[:, :, :1]), lambda: tokenizer.decode(latents.flatten(2)),
-                lambda: tokenizer.encode(clip, mask=torch.zeros(2, FRAMES, 9, dtype=torch.bool)), lambda: tokenizer.set_statistics(clip),
+                lambda: tokenizer.encode(clip, mask=torch.zeros(2, FRAMES, 9, dtype=torch.bool)), lambda: set_frame_statistics(tokenizer, clip),
                 lambda: tokenizer.encode(clip, cache=empty_cache(tokenizer.encoder, 3)), lambda: TokenizerConfig(image=60), lambda: TokenizerConfig(mask_max=1.5),
                 lambda: TokenizerConfig(latent_noise=-1.0), lambda: TokenizerConfig(n_backgrounds=0),
                 lambda: TokenizerConfig(latent_std_weight=-1.0), lambda: TokenizerConfig(latent_std=0.0),

@@ -21,7 +21,6 @@ import torch
 from ..core import UserError, pick_device, to_dict, write_json
 from ..data.demonstrations import load_demonstrations
 from ..data.stores import EpisodeStore
-from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import check_fresh
 from ..method.agent import AgentHeads
 from ..method.checkpoints import load_agent, load_dynamics, load_imagination, load_tokenizer

@@ -162,6 +162,7 @@ def resumed() -> None:
 def two_tasks() -> None:
     "All phases, and for each task its policy and the reports."
     run = Run(Path("two tasks"), replace(MICRO_HERE, tasks=TASKS))
+    run.train("imagination")
     for number, view in enumerate(chain.by_task(run)):
         train, held = view.split
         tokenizer_report(run.tokenizer, held, train, frames=60)
