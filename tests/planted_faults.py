@@ -60,6 +60,7 @@ NEAREST = {
     "report": ["evaluation", "wiring", "chain_wiring"],
     "study": ["chain_wiring"],
     "chain": ["chain_wiring"],
+    "judge": ["chain_wiring"],
 }
 CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generation", "chain_wiring",
             "evaluation", "agent", "training", "imagination", "stores", "data", "tokenizer", "endings",
@@ -67,7 +68,7 @@ CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generati
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "pruned",
           "tokenizer", "dynamics", "generation", "agent", "imagination"]
 WIRING = ["loop", "phases", "windows", "mixtures", "ball", "metrics", "dream_env", "closed_loop", "statistics",
-          "report", "study", "chain"]
+          "report", "study", "chain", "judge"]
 # What starts processes of its own, predicts costs, or only reads text takes no part.
 SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", "ladder", "readme", "style"}
 NOT_RUN = "not compile and not kill_at_any_moment"
@@ -83,10 +84,12 @@ LEFT_OUT = {
     "closed_loop": {"closed_loop_table", "text_table", "PlannerPolicy"},
     "dream_env": {"render"},
     "report": {"_table", "_picture", "_matrix", "findings", "report", "reconstructions"},
-    "chain": {"cores", "machine", "figures", "_report", "_alone", "_read", "differences"},
+    "chain": {"cores"},
+    "judge": {"machine", "figures", "save_figure", "save_dreams", "training_curves", "write_report"},
+    "folder": {"differences"},
 }
 ALWAYS_LEFT_OUT = {"__post_init__", "__repr__"}
-SAID = {"print", "say", "tqdm", "check_shape", "use_style", "isinstance", "super", "UserError"}
+SAID = {"print", "print0", "tqdm", "check_shape", "use_style", "isinstance", "super", "UserError"}
 
 # (what, module, pattern that fits once, what takes its place)
 KNOWN = [
@@ -102,7 +105,7 @@ KNOWN = [
      r"(def dreams\(.*?torch\.arange\(length[^)]*\)) > 0", r"\1 >= 0"),
     ("the parts of a mixture share one seed", "mixtures", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
     ("the tokenizer's second part keeps the slowness of the first", "phases",
-     r"partial\(loss, part=part\)", "loss"),
+     r", part=part\)", ")"),
     ("video_loss forgets the bound of the bootstrap", "dynamics", r"(\n\s+)c\.clip,", r"\1None,"),
     ("the first half step is told the whole step", "shortcut", r"f\((z_tau, i), j_half\)", r"f(\1, j)"),
     ("the second half step is told the first one's level", "shortcut",
@@ -110,7 +113,7 @@ KNOWN = [
     ("latents do not look at the action", "dynamics", r"\(name, world\) for name in world",
      '(name, world[:-1] if name == "latent" else world) for name in world'),
     ("the averaged weights are not the final ones", "loop",
-     r"local\(parameters\[key\]\)\.copy_\(local\(value\)\)", "pass"),
+     r"parameter\.copy_\(local\(value\)\)", "pass"),
 ]
 
 
