@@ -11,8 +11,7 @@ from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Catego
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import UserError, save_checkpoint, to_dict
-from dreamer4_nb.core import Batch
+from dreamer4_nb.core import Batch, UserError, asset, load_checkpoint, save_checkpoint, to_dict
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
@@ -387,3 +386,18 @@ def test_wrong_input_is_named(tmp_path, rich_latents):
     save_checkpoint(tmp_path / "ours.safetensors", state, {"dynamics": to_dict(WORLD), "heads": to_dict(AGENT)})
     _, heads = load_agent(tmp_path / "ours.safetensors")
     assert all(torch.equal(v, heads.state_dict()[k]) for k, v in modules["heads"].state_dict().items())
+
+
+def test_a_checkpoint_with_former_names_of_weights_is_read(tmp_path):
+    "Of heads, which were attributes before they were entries of a table; also inside the state of a training."
+    state, config = load_checkpoint(asset("tiny_agent.safetensors"))
+    former = {key.replace("predicted.continue.net.", "continues.").replace("predicted.reward.", "reward."): value
+              for key, value in state.items()}
+    assert former.keys() != state.keys()
+    save_checkpoint(tmp_path / "agent.safetensors", former, config)
+    _, now = load_agent(tmp_path / "agent.safetensors")
+    _, shipped = load_agent()
+    for key, value in shipped.state_dict().items():
+        torch.testing.assert_close(now.state_dict()[key], value, atol=0, rtol=0)
+    save_checkpoint(tmp_path / "agent.train.safetensors", {f"optimiser.{key}": value for key, value in former.items()}, {})
+    assert load_checkpoint(tmp_path / "agent.train.safetensors")[0].keys() == {f"optimiser.{key}" for key in state}

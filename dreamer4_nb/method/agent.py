@@ -19,17 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from dreamer4_nb.core import (
-    Batch,
-    RowGenerators,
-    UserError,
-    autocast,
-    check_shape,
-    draw_rows,
-    inference_dtype,
-    memory_budget,
-    to_float,
-)
+from ..core import (Batch, RowGenerators, UserError, autocast, check_shape, draw_rows,
+                              inference_dtype, memory_budget, to_float)
 from .blocks import empty_cache
 from .dynamics import Dynamics, video_loss
 from .flow import noise_like
@@ -163,9 +154,8 @@ class Gaussian:
         return sum_live(self.normal.log_prob(action), self.live)
 
     def kl(self, other: Distribution) -> Tensor:
-        return sum_live(
-            torch.distributions.kl_divergence(self.normal, cast(Gaussian, other).normal), self.live
-        )
+        return sum_live(torch.distributions.kl_divergence(self.normal, cast(Gaussian, other).normal),
+                        self.live)
 
 
 class Bernoulli:
@@ -222,13 +212,11 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         widths = self.action_dims
-        fitting = (
-            len(widths) == len(self.tasks) and 0 < min(widths, default=0) <= max(widths) <= self.action_dim
-        )
+        narrow = 0 < min(widths, default=0) <= max(widths, default=0) <= self.action_dim
+        fitting = len(widths) == len(self.tasks) and narrow
         if widths and not fitting:
             raise UserError(f"action_dims {widths} do not fit {len(self.tasks)} tasks and action_dim "
-                            f"{self.action_dim}; "
-                            "give one width a task, none wider than action_dim")
+                            f"{self.action_dim}; give one width a task, none wider than action_dim")
         if self.policy not in POLICIES:
             raise UserError(f"unknown policy head {self.policy!r}; choose categorical, gaussian or bernoulli")
 
@@ -454,8 +442,7 @@ class Policy:
             raise UserError(f"unknown read-out {readout!r}; choose sample, mean or mode")
         if not 0 <= task < len(tasks):
             raise UserError(f"task {task} is not one of the {len(tasks)} that these heads know "
-                            f"({', '.join(tasks)}); "
-                            "give its number there")
+                            f"({', '.join(tasks)}); give its number there")
         self.world = world
         self.heads = heads
         self.readout = readout
@@ -469,14 +456,12 @@ class Policy:
 
     def rows(self, budget: float | None = None) -> int:
         "Environments that can run at a time within `budget` bytes (default: what the device has)."
-        each = inference_bytes(self.world.dynamics.transformer, 1) + inference_bytes(
-            self.world.tokenizer.encoder, 1
-        )
-        return max(1, int((budget or memory_budget(self.world.device)) // each))
+        of_dream = inference_bytes(self.world.dynamics.transformer, 1)
+        of_encoder = inference_bytes(self.world.tokenizer.encoder, 1)
+        return max(1, int((budget or memory_budget(self.world.device)) // (of_dream + of_encoder)))
 
     def reset(self, n: int, first: int = 0) -> None:
-        """Forgets everything; n environments follow, numbers `first` to `first + n - 1` of those that are
-        judged together."""
+        "Forgets everything; n environments follow, of those that are judged together number `first` on."
         self.device = self.world.device
         self.heads.to(self.device)
         self.generator = RowGenerators.seeded(self.seed, range(first, first + n))

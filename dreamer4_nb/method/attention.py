@@ -36,16 +36,8 @@ class TransformerConfig:
     softcap: float = 0.0     # bound of the attention logits; 0 = none
 
     def __post_init__(self) -> None:
-        sizes = (
-            self.width,
-            self.depth,
-            self.heads,
-            self.kv_heads,
-            self.time_every,
-            self.context,
-            self.mlp_ratio,
-        )
-        if min(sizes) <= 0:
+        sizes = (self.width, self.depth, self.heads, self.kv_heads, self.time_every, self.context)
+        if min(*sizes, self.mlp_ratio) <= 0:
             raise UserError(f"{self} has a size of 0 or less; all sizes must be positive")
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even size; "
@@ -245,9 +237,8 @@ def beside_context(sees: Tensor) -> tuple[Tensor, Tensor]:
 Rectangles = list[tuple[slice, slice | list[int]]]
 
 
-def attend_rectangles(
-    q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles, softcap: float = 0.0
-) -> Tensor:
+def attend_rectangles(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles,
+                      softcap: float = 0.0) -> Tensor:
     """`attend` by a mask that is given as full rectangles, rows in order; what is masked out is never
     computed."""
     seen = [attend(q[..., rows, :], k[..., columns, :], v[..., columns, :], softcap=softcap)

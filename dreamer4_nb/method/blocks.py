@@ -143,15 +143,13 @@ class KVCache:
 
     def select(self, rows: Tensor) -> "KVCache":
         "A copy of some rows of the batch, by index; rows may repeat."
-        return KVCache(
-            self.context, [k[rows] for k in self.keys], [v[rows] for v in self.values], self.length
-        )
+        return KVCache(self.context, [k[rows] for k in self.keys], [v[rows] for v in self.values],
+                       self.length)
 
     def clone(self) -> "KVCache":
         "An independent copy."
-        return KVCache(
-            self.context, [k.clone() for k in self.keys], [v.clone() for v in self.values], self.length
-        )
+        return KVCache(self.context, [k.clone() for k in self.keys], [v.clone() for v in self.values],
+                       self.length)
 
     def to(self, dtype: torch.dtype) -> None:
         "Casts all rings, in place."

@@ -42,9 +42,8 @@ class DynamicsConfig:
     # of the clips that half of the other rows are cut into; 0 = whole rows only
     short_clip_length: int = 0
     schedule: Schedule = Schedule()
-    transformer: TransformerConfig = TransformerConfig(
-        width=128, depth=4, heads=4, kv_heads=2, time_every=2, context=24
-    )
+    transformer: TransformerConfig = TransformerConfig(width=128, depth=4, heads=4, kv_heads=2, time_every=2,
+                                                       context=24)
 
     def __post_init__(self) -> None:
         if self.pack < 1 or self.n_latents % self.pack:
@@ -67,16 +66,10 @@ class DynamicsConfig:
 def dynamics_layout(config: DynamicsConfig) -> TokenLayout:
     "World tokens all see each other; agent tokens see everything and are seen by nothing else."
     world = ("latent", "register", "signal", "action")
-    groups: tuple[tuple[str, int], ...] = (
-        ("latent", config.n_tokens),
-        ("register", config.n_registers),
-        ("signal", 1),
-        ("action", 1),
-    )
+    groups = (("latent", config.n_tokens), ("register", config.n_registers), ("signal", 1), ("action", 1))
     sees = tuple((name, world) for name in world)
     if config.n_agent:
-        groups += (("agent", config.n_agent),)
-        return TokenLayout(groups, (*sees, ("agent", (*world, "agent"))))
+        return TokenLayout((*groups, ("agent", config.n_agent)), (*sees, ("agent", (*world, "agent"))))
     return TokenLayout(groups, sees)
 
 # %% ../../nbs/08_dynamics.ipynb #cell-12
@@ -95,13 +88,9 @@ def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> F
     level."""
     i = torch.full_like(frames.i, schedule.ctx_index)
     j = torch.full_like(frames.j, schedule.ctx_j)
-    return FrameInputs(
-        torch.cat([context, frames.z], 1),
-        torch.cat([i, frames.i], 1),
-        torch.cat([j, frames.j], 1),
-        frames.actions.repeat(1, 2, 1),
-        frames.action_known.repeat(1, 2),
-    )
+    return FrameInputs(torch.cat([context, frames.z], 1), torch.cat([i, frames.i], 1),
+                       torch.cat([j, frames.j], 1), frames.actions.repeat(1, 2, 1),
+                       frames.action_known.repeat(1, 2))
 
 # %% ../../nbs/08_dynamics.ipynb #cell-14
 class Dynamics(nn.Module):
@@ -129,33 +118,21 @@ class Dynamics(nn.Module):
         self.latent_std = nn.Buffer(torch.ones(config.n_latents, config.d_latent))
 
     def normalize(self, latents: Tensor) -> Tensor:
-        """Tokenizer latents (b, t, n_latents, d_latent) to z (b, t, n_tokens, d_token).
-
-        UserError for another shape."""
+        "Tokenizer latents (b, t, n_latents, d_latent) to z; UserError for another shape."
         c = self.config
         check_shape("latents", latents, "b t n d", n=c.n_latents, d=c.d_latent)
-        return rearrange(
-            (latents - self.latent_mean) / self.latent_std, "b t (n p) d -> b t n (p d)", p=c.pack
-        )
+        return rearrange((latents - self.latent_mean) / self.latent_std, "b t (n p) d -> b t n (p d)",
+                         p=c.pack)
 
     def denormalize(self, z: Tensor) -> Tensor:
         "The inverse of `normalize`, kept inside the tokenizer's range [-1, 1]."
         latents = rearrange(z, "b t n (p d) -> b t (n p) d", p=self.config.pack)
         return (latents * self.latent_std + self.latent_mean).clamp(-1, 1)
 
-    def forward(
-        self,
-        z: Tensor,
-        i: Tensor,
-        j: Tensor,
-        actions: Tensor,
-        action_known: Tensor,
-        agent: Tensor | None = None,
-        segments: Tensor | None = None,
-        context: Tensor | None = None,
-        cache: KVCache | CacheSlot | None = None,
-        commit: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, z: Tensor, i: Tensor, j: Tensor, actions: Tensor, action_known: Tensor,
+                agent: Tensor | None = None, segments: Tensor | None = None, context: Tensor | None = None,
+                cache: KVCache | CacheSlot | None = None,
+                commit: bool = True) -> tuple[Tensor, Tensor | None]:
         """Clean latents x_hat (b, t, n_tokens, d_token), and h (b, t, n_agent, width), or None without agent
         tokens.
 
@@ -280,17 +257,8 @@ def video_loss(model: Dynamics, batch: Batch, generator: torch.Generator,
         return cast(Tensor, x_hat)
 
     # Frames beside context do not see each other, so mixed sizes in a row would teach nothing there.
-    losses, metrics = forcing_loss(
-        f,
-        z,
-        c.schedule,
-        generator,
-        c.bootstrap_share,
-        c.p_context,
-        c.clip,
-        batch.valid,
-        mixed=not c.train_on_context,
-    )
+    losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip,
+                                   batch.valid, mixed=not c.train_on_context)
     share = metrics["bootstrap_share"]
     loss = (1 - share) * losses["flow"] + share * losses["bootstrap"]
     return loss, metrics, outputs[-1] if c.train_on_context else None

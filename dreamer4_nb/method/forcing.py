@@ -74,15 +74,9 @@ class Schedule:
         return self.sampling_indices() + [(self.ctx_index, self.ctx_j)]
 
 # %% ../../nbs/03_forcing.ipynb #cell-10
-def draw_levels(
-    shape: tuple[int, int],
-    grid_or_schedule: Grid | Schedule,
-    generator: torch.Generator,
-    bootstrap_share: float = 0.25,
-    p_context: float = 0.0,
-    device: torch.device | str | None = None,
-    mixed: bool = True,
-) -> tuple[Tensor, Tensor, int]:
+def draw_levels(shape: tuple[int, int], grid_or_schedule: Grid | Schedule, generator: torch.Generator,
+                bootstrap_share: float = 0.25, p_context: float = 0.0,
+                device: torch.device | str | None = None, mixed: bool = True) -> tuple[Tensor, Tensor, int]:
     """Draw a level for every frame of a `(b, t)` batch: `(i, j, n_bootstrap)`, with i, j long `(b, t)`.
 
     The first n = ceil(bootstrap_share · b) rows have a teacher. Each of their frames draws a d of its own,
@@ -156,9 +150,8 @@ def forcing_loss(f: Denoiser, z1: Tensor, grid_or_schedule: Grid | Schedule, gen
         raise UserError(f"forcing_loss expects sequences (b, t, …), got {tuple(z1.shape)}; "
                         "add a time dimension")
     grid = grid_or_schedule.grid if isinstance(grid_or_schedule, Schedule) else grid_or_schedule
-    i, j, n = draw_levels(
-        (z1.shape[0], z1.shape[1]), grid_or_schedule, generator, bootstrap_share, p_context, z1.device, mixed
-    )
+    i, j, n = draw_levels((z1.shape[0], z1.shape[1]), grid_or_schedule, generator, bootstrap_share, p_context,
+                          z1.device, mixed)
     tau = grid.tau(i)
     z_tilde = interpolate(noise_like(z1, generator), z1, tau)
     coarse = j < grid.j_min
@@ -188,13 +181,8 @@ def noise_context(z: Tensor, schedule: Schedule, generator: torch.Generator | Ro
 
 # %% ../../nbs/03_forcing.ipynb #cell-28
 @torch.no_grad()
-def sample_sequence(
-    f: Callable[[Tensor, Tensor, Tensor], Tensor],
-    prefix: Tensor,
-    n_frames: int,
-    schedule: Schedule,
-    generator: torch.Generator,
-) -> Tensor:
+def sample_sequence(f: Callable[[Tensor, Tensor, Tensor], Tensor], prefix: Tensor, n_frames: int,
+                    schedule: Schedule, generator: torch.Generator) -> Tensor:
     """Continue `prefix` `(b, t, …)` by `n_frames` frames, one at a time: `(b, t + n_frames, …)`.
 
     f(z̃, i, j) -> x̂ sees the whole sequence so far. Past frames stand at the context level, noised once

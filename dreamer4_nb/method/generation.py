@@ -42,15 +42,8 @@ class Dream:
         return Dream(self.cache.select(rows), generator, agent, h)
 
 # %% ../../nbs/09_generation.ipynb #cell-8
-def draw_frame(
-    dynamics: Dynamics,
-    schedule: Schedule,
-    z: Tensor,
-    noise: Tensor,
-    actions: Tensor,
-    agent: Tensor | None,
-    slot: CacheSlot,
-) -> tuple[Tensor, Tensor | None]:
+def draw_frame(dynamics: Dynamics, schedule: Schedule, z: Tensor, noise: Tensor, actions: Tensor,
+               agent: Tensor | None, slot: CacheSlot) -> tuple[Tensor, Tensor | None]:
     """All K + 1 forwards of one frame, which is committed in `slot`: z (b, 1, n_tokens, d_token) and h (b, 1,
     n_agent, width).
 
@@ -96,16 +89,14 @@ class WorldModel(nn.Module):
         "Where the dynamics' weights are."
         return self.dynamics.latent_mean.device
 
-    def start(
-        self, batch: int, generator: torch.Generator | RowGenerators, agent: Tensor | None = None
-    ) -> Dream:
+    def start(self, batch: int, generator: torch.Generator | RowGenerators,
+              agent: Tensor | None = None) -> Dream:
         "An empty dream of `batch` rows; observe a context next. agent: (b, n_agent, width)"
         return Dream(empty_cache(self.dynamics.transformer, batch, self.device), generator, agent)
 
     @torch.no_grad()
-    def observe(
-        self, dream: Dream, latents: Tensor, actions: Tensor, action_known: Tensor | None = None
-    ) -> Tensor | None:
+    def observe(self, dream: Dream, latents: Tensor, actions: Tensor,
+                action_known: Tensor | None = None) -> Tensor | None:
         """Commits real frames with the actions that led to them, as noised context; returns h (b, t, n_agent,
         width).
 
@@ -144,9 +135,8 @@ def _rollout_rows(world: WorldModel, latents: Tensor, actions: Tensor, prefix: i
     agent = None if agent is None else agent[of_rows]
     action_known = None if action_known is None else action_known[of_rows]
     generator = generator.select(torch.tensor(rows))
-    return rollout(
-        world, latents[of_rows], actions[of_rows], prefix, generator, agent, action_known, sys.maxsize
-    )
+    return rollout(world, latents[of_rows], actions[of_rows], prefix, generator, agent, action_known,
+                   sys.maxsize)
 
 
 @torch.no_grad()
@@ -163,12 +153,9 @@ def rollout(world: WorldModel, latents: Tensor, actions: Tensor, prefix: int,
         each = inference_bytes(world.dynamics.transformer, prefix)
         chunks = row_chunks(len(latents), each, budget or memory_budget(world.device))
         if len(chunks) > 1:
-            return torch.cat(
-                [
-                    _rollout_rows(world, latents, actions, prefix, generator, agent, action_known, chunk)
-                    for chunk in chunks
-                ]
-            )
+            parts = [_rollout_rows(world, latents, actions, prefix, generator, agent, action_known, chunk)
+                     for chunk in chunks]
+            return torch.cat(parts)
     dream = world.start(len(latents), generator, agent)
     known = None if action_known is None else action_known[:, :prefix]
     world.observe(dream, latents[:, :prefix], actions[:, :prefix], known)

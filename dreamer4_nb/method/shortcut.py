@@ -89,14 +89,8 @@ def sample_tau_d(grid: Grid, shape: tuple[int, ...], generator: torch.Generator,
 
 # %% ../../nbs/02_shortcut.ipynb #cell-21
 @torch.no_grad()
-def bootstrap_target(
-    f: Callable[[Tensor, Tensor, Tensor], Tensor],
-    z_tau: Tensor,
-    i: Tensor,
-    j: Tensor,
-    grid: Grid,
-    clip: float | None = None,
-) -> Tensor:
+def bootstrap_target(f: Callable[[Tensor, Tensor, Tensor], Tensor], z_tau: Tensor, i: Tensor, j: Tensor,
+                     grid: Grid, clip: float | None = None) -> Tensor:
     """Where two half steps from `z_tau` point: z̃ + (1 − τ)·(b′ + b″)/2, in data space (paper, Eq. 7).
 
     b′ is the velocity of `f` at (z̃, τ, d/2), b″ that at (z′, τ + d/2, d/2), where z′ = z̃ + b′·d/2.

@@ -35,9 +35,8 @@ def looks(transformer: BlockCausalTransformer, layer: int, frames: int) -> tuple
     return frames * pairs, frames * tokens
 
 
-def layer_inference_bytes(
-    transformer: BlockCausalTransformer, layer: int, frames: int, itemsize: int
-) -> float:
+def layer_inference_bytes(transformer: BlockCausalTransformer, layer: int, frames: int,
+                          itemsize: int) -> float:
     """Bytes of what one layer makes of a row's `frames` frames, at most, without its cache; see
     `inference_bytes`."""
     c = transformer.config
@@ -97,9 +96,8 @@ def in_pieces(run: Callable[[Tensor, KVCache], Tensor], x: Tensor, new_cache: Ca
     return out
 
 # %% ../../nbs/23_streams.ipynb #fa13b1a7
-def coding_bytes(
-    coder: BlockCausalTransformer, config: TokenizerConfig, frames: int, itemsize: int = 4
-) -> float:
+def coding_bytes(coder: BlockCausalTransformer, config: TokenizerConfig, frames: int,
+                 itemsize: int = 4) -> float:
     """Bytes of a row, at most, while `frames` frames pass a tokenizer's encoder or decoder, `coder`."""
     pixels = config.channels * config.image ** 2
     tokens = config.transformer.width * (config.n_latents + config.n_patches)
@@ -131,14 +129,8 @@ def encode_stream(tokenizer: Tokenizer, frames: Tensor, budget: float | None = N
         return coding_bytes(tokenizer.encoder, c, n, dtype.itemsize)
 
     with autocast(device, dtype):
-        return in_pieces(
-            run,
-            frames,
-            lambda rows: empty_cache(tokenizer.encoder, rows, device, dtype),
-            bytes_of,
-            memory_budget(device) if budget is None else budget,
-            device,
-        )
+        return in_pieces(run, frames, lambda rows: empty_cache(tokenizer.encoder, rows, device, dtype),
+                         bytes_of, memory_budget(device) if budget is None else budget, device)
 
 
 @torch.no_grad()
@@ -157,11 +149,5 @@ def decode_stream(tokenizer: Tokenizer, latents: Tensor, budget: float | None = 
         return coding_bytes(tokenizer.decoder, tokenizer.config, n, dtype.itemsize)
 
     with autocast(device, dtype):
-        return in_pieces(
-            run,
-            latents,
-            lambda rows: empty_cache(tokenizer.decoder, rows, device, dtype),
-            bytes_of,
-            memory_budget(device) if budget is None else budget,
-            torch.device("cpu"),
-        )
+        return in_pieces(run, latents, lambda rows: empty_cache(tokenizer.decoder, rows, device, dtype),
+                         bytes_of, memory_budget(device) if budget is None else budget, torch.device("cpu"))

@@ -50,9 +50,8 @@ class TokenizerConfig:
     n_backgrounds: int = 1          # mean frames to tell apart: one for each task
     # standard deviation of the noise on the latents that the decoder trains with
     latent_noise: float = 0.0
-    transformer: TransformerConfig = TransformerConfig(
-        width=128, depth=3, heads=4, kv_heads=4, time_every=2, context=16
-    )
+    transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2,
+                                                       context=16)
 
     def __post_init__(self) -> None:
         if self.image % self.patch:
@@ -131,6 +130,11 @@ def draw_mask(shape: tuple[int, int, int], mask_max: float, tube: bool, generato
     return dropped.expand(b, t, s).to(device)
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-23
+INPUT_SCALE = 16.0      # of differences to the mean frame on their way in; they are small
+OUTPUT_SCALE = 0.25     # of differences to the mean frame on their way out
+POSITION_SCALE = 2.0    # of the position embedding beside the content of a patch
+
+
 def nearest_background(frames: Tensor, mean_frame: Tensor, patch: int, mask: Tensor | None = None) -> Tensor:
     """Number (...) of the mean frame that is nearest to each frame, compared patch by patch on average
     colors.
@@ -144,11 +148,6 @@ def nearest_background(frames: Tensor, mean_frame: Tensor, patch: int, mask: Ten
     return distance.sum(-1).argmin(1).view(frames.shape[:-3])
 
 # %% ../../nbs/07_tokenizer.ipynb #cab92ece
-INPUT_SCALE = 16.0      # of differences to the mean frame on their way in; they are small
-OUTPUT_SCALE = 0.25     # of differences to the mean frame on their way out
-POSITION_SCALE = 2.0    # of the position embedding beside the content of a patch
-
-
 class Tokenizer(nn.Module):
     """Masked autoencoder, causal in time, decoded frame by frame (paper, section 3.1).
 
@@ -169,12 +168,9 @@ class Tokenizer(nn.Module):
         self.to_patch = nn.Linear(width, config.d_patch)
         position = POSITION_SCALE * grid_embedding(config.image // config.patch, width)
         scale = width ** -0.5
-        self.encoder_tokens = nn.Parameter(
-            torch.cat([torch.randn(config.n_latents, width) * scale, position])
-        )
-        self.decoder_tokens = nn.Parameter(
-            torch.cat([position, torch.randn(config.n_latents, width) * scale])
-        )
+        latents = (config.n_latents, width)
+        self.encoder_tokens = nn.Parameter(torch.cat([torch.randn(latents) * scale, position]))
+        self.decoder_tokens = nn.Parameter(torch.cat([position, torch.randn(latents) * scale]))
         self.mask_token = nn.Parameter(torch.randn(width) * scale)
         nn.init.zeros_(self.to_patch.weight)
         nn.init.zeros_(self.to_patch.bias)
@@ -184,9 +180,8 @@ class Tokenizer(nn.Module):
         self.mean_frame = nn.Buffer(torch.full(images, 0.5))
         self.std_frame = nn.Buffer(torch.full(images, 0.25))
 
-    def encode(
-        self, frames: Tensor, cache: KVCache | CacheSlot | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def encode(self, frames: Tensor, cache: KVCache | CacheSlot | None = None,
+               mask: Tensor | None = None) -> Tensor:
         """Latents (b, t, n_latents, d_latent) of frames (b, t, c, h, w). UserError for another shape.
 
         cache: the encoder's, for streaming; mask: (b, t, s), patches that are dropped"""
@@ -206,9 +201,8 @@ class Tokenizer(nn.Module):
         check_shape("latents", latents, "b t n d", n=c.n_latents, d=c.d_latent)
         tokens = F.pad(self.from_latent(latents), (0, 0, c.n_patches, 0)) + self.decoder_tokens
         patches = self.to_patch(self.decoder(tokens, cache)[:, :, :c.n_patches])
-        return (
-            expected_background(self, latents) + unpatchify(patches.float(), c.patch, c.image) * OUTPUT_SCALE
-        )
+        difference = unpatchify(patches.float(), c.patch, c.image) * OUTPUT_SCALE
+        return expected_background(self, latents) + difference
 
 # %% ../../nbs/07_tokenizer.ipynb #d17a2d9a
 def set_frame_statistics(tokenizer: Tokenizer, frames: Tensor, background: int = 0) -> None:
@@ -245,9 +239,8 @@ def expected_background(tokenizer: Tokenizer, latents: Tensor) -> Tensor:
     return torch.einsum("btk,kchw->btchw", share, tokenizer.mean_frame)
 
 
-def reconstruct(
-    tokenizer: Tokenizer, frames: Tensor, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
+def reconstruct(tokenizer: Tokenizer, frames: Tensor,
+                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Frames (b, t, c, h, w) through encoder and decoder: reconstruction and latents.
 
     generator: for training, draws the patches that are masked and the noise on the latents; None = neither"""
@@ -266,9 +259,8 @@ def reconstruct(
     return tokenizer.decode(noised), latents
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-42
-def deviation_weight(
-    frames: Tensor, mean_frame: Tensor, std_frame: Tensor, gain: float = 5.0, cap: float = 10.0
-) -> Tensor:
+def deviation_weight(frames: Tensor, mean_frame: Tensor, std_frame: Tensor, gain: float = 5.0,
+                     cap: float = 10.0) -> Tensor:
     "1 + gain · min(|x − mean| / (σ + 0.03), cap): pixels that differ from their own average count more."
     deviation = (frames - mean_frame).abs() / (std_frame + 0.03)
     return 1 + gain * deviation.clamp(max=cap)
