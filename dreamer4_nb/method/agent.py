@@ -58,8 +58,9 @@ def cross_entropy(logits: Tensor, weights: Tensor) -> Tensor:
 
 # %% ../../nbs/10_agent.ipynb #cell-23
 def multi_step_targets(x: Tensor, distances: int, first: int) -> tuple[Tensor, Tensor]:
-    """Targets (b, t, distances, ...) with [t, n] = x[t + first + n], and a mask (t, distances) of those
-    inside the window.
+    """Targets (b, t, distances, ...), and a mask (t, distances) of those inside the window.
+
+    Target [t, n] is x[t + first + n].
 
     x: (b, t, ...)"""
     t = x.shape[1]
@@ -192,8 +193,7 @@ POLICIES: dict[str, Family] = {"categorical": Categorical, "gaussian": Gaussian,
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """Agent tokens and heads. `train_agent` and `train_imagination` widen the two ranges to what the data
-    asks for.
+    """Agent tokens and heads; training widens the two ranges to what the data asks for.
 
     UserError for an unknown kind of policy, and for widths of tasks that do not fit."""
     width: int = 128                    # of the dynamics
@@ -243,8 +243,7 @@ class PolicyHead(nn.Module):
         self.net = mlp(config.width * config.n_agent, config.hidden, outputs)
 
     def parameters_of(self, h: Tensor) -> Tensor:
-        """Numbers (..., L + 1, a, n) that decide the distributions, n to an action, of h (..., n_agent,
-        width)."""
+        "Parameters (..., L + 1, a, n) of the distributions, n to an action, of h (..., n_agent, width)."
         c = self.config
         y: Tensor = self.net(h.flatten(-2)).unflatten(-1, (c.mtp + 1, c.action_dim, self.n))
         return y
@@ -254,8 +253,7 @@ class PolicyHead(nn.Module):
         return self.family(self.parameters_of(h), live)
 
     def forward(self, h: Tensor, live: Tensor | None = None) -> Distribution:
-        """Distribution over the next action (..., a) of h (..., n_agent, width); `live`: see
-        `AgentHeads.live`."""
+        "Distribution over the next action (..., a); `h` and `live`: as for `all`."
         return self.family(self.parameters_of(h)[..., 0, :, :], live)
 
 # %% ../../nbs/10_agent.ipynb #4ceeb4d7
@@ -296,7 +294,7 @@ def covering_range(largest: float, least: float) -> float:
 
 
 class BinaryHead(nn.Module):
-    """Chance that something is so, at `distances` distances; `target`: the batch's column that it learns."""
+    "Chance that something is so, at `distances` distances; `target`: the batch's column that it learns."
 
     def __init__(self, config: AgentConfig, distances: int, target: str) -> None:
         super().__init__()
@@ -343,8 +341,7 @@ class AgentHeads(nn.Module):
         return cast(BinaryHead, self.predicted["continue"])
 
     def live(self, task: Tensor) -> Tensor:
-        """Which action dimensions (b, a) bool the tasks (b,) have: the others are zero in data, in dreams and
-        in use."""
+        "Which action dimensions (b, a), bool, the tasks (b,) have; the others are zero everywhere."
         return self.has_action[task]
 
     def tokens(self, task: Tensor) -> Tensor:
@@ -364,8 +361,7 @@ def read_context(dynamics: Dynamics, heads: AgentHeads, batch: Batch, generator:
 
 def read_agent(dynamics: Dynamics, heads: AgentHeads, batch: Batch,
                generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """h (b, t, n_agent, width) as from `read_context`, and losses and metrics of the world on the uniform
-    rows.
+    """h (b, t, n_agent, width) as from `read_context`, and the world's losses and metrics on uniform rows.
 
     Where the dynamics train on such context, one pass of the uniform rows gives both."""
     c = dynamics.config
@@ -387,8 +383,7 @@ def read_agent(dynamics: Dynamics, heads: AgentHeads, batch: Batch,
 # %% ../../nbs/10_agent.ipynb #842d8c92
 def agent_loss(modules: dict[str, nn.Module], batch: Batch,
                generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Phase 2 (paper, Eq. 9): cloning on the relevant rows, the video loss on the uniform rows, predictions
-    on all.
+    """Phase 2: cloning on relevant rows, the video loss on uniform rows, predictions on all (paper, Eq. 9).
 
     modules: dynamics and heads; batch: with latents. Returns losses and metrics. The cloning targets are the
         intended actions.

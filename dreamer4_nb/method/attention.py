@@ -131,8 +131,7 @@ LARGEST_BATCH = 65_535      # leading rows that the fused kernel's grid can hold
 
 
 def attend_fused(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
-    """`attend` without a soft cap, by PyTorch's fused kernel, which never writes the attention weights to
-    memory."""
+    "`attend` without a soft cap, by PyTorch's fused kernel, which keeps no attention weights in memory."
     n, m = q.shape[-2], k.shape[-2]
     queries, keys, values = (x.flatten(0, -4) for x in (q, k, v))
     masks: Sequence[Tensor | None] = [None] * math.ceil(len(queries) / LARGEST_BATCH)
@@ -180,8 +179,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, softcap:
 
 # %% ../../nbs/04_attention.ipynb #cell-28
 def rope_table(positions: Tensor, dim: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base**(-2i/dim), for i = 0 ... dim/2 - 1: two float32 tensors
-    (*positions.shape, dim/2).
+    """cos and sin of position * base**(-2i/dim): two float32 tensors (*positions.shape, dim/2).
 
     Angles are computed in float64, for long streams."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float64, device=positions.device) / dim
@@ -202,8 +200,7 @@ def apply_rope(x: Tensor, positions: Tensor) -> Tensor:
 
 # %% ../../nbs/04_attention.ipynb #cell-40
 def time_mask(t: int, past: int, context: int, device: torch.device | None = None) -> Tensor:
-    """Which frames look at which along time: boolean (t, past + t). Every other mask over time is made from
-    this one.
+    """Which frames look at which along time, boolean (t, past + t); every other mask is made from it.
 
     t: new frames, the last of `past + t`; each looks at itself and at the context - 1 frames before it."""
     new = torch.arange(past, past + t, device=device)
@@ -223,9 +220,10 @@ def segment_mask(segments: Tensor, context: int) -> Tensor:
 def beside_context(sees: Tensor) -> tuple[Tensor, Tensor]:
     """The mask (..., 2t, 2t) and positions (2t,) of t frames that stand beside the same t frames as context.
 
-    sees: (..., t, t), the rule among frames. Context frames come first and look at each other by it. Frame t
-        of the
-    others looks at the context frames before t that the rule gives it, and at itself."""
+    Context frames come first and look at each other by the rule `sees`. Frame t of the others looks at the
+    context frames before t that the rule gives it, and at itself.
+
+    sees: (..., t, t), the rule among frames"""
     t = sees.shape[-1]
     itself = torch.eye(t, dtype=torch.bool, device=sees.device).expand_as(sees)
     of_context = torch.cat([sees, torch.zeros_like(sees)], -1)
@@ -239,8 +237,7 @@ Rectangles = list[tuple[slice, slice | list[int]]]
 
 def attend_rectangles(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles,
                       softcap: float = 0.0) -> Tensor:
-    """`attend` by a mask that is given as full rectangles, rows in order; what is masked out is never
-    computed."""
+    "`attend` by a mask of full rectangles, rows in order; what is masked out is never computed."
     seen = [attend(q[..., rows, :], k[..., columns, :], v[..., columns, :], softcap=softcap)
             for rows, columns in rectangles]
     return torch.cat(seen, -2)
@@ -248,7 +245,7 @@ def attend_rectangles(q: Tensor, k: Tensor, v: Tensor, rectangles: Rectangles,
 
 @dataclass
 class TimeLook:
-    """What a time layer is told besides its tokens, for t new frames that see u frames in all."""
+    "What a time layer is told besides its tokens, for t new frames that see u frames in all."
     rope: tuple[Tensor, Tensor]         # `rope_table` of the new frames' positions
     # boolean, broadcasts against (b, s, heads, t, u): who sees whom; None = everyone
     mask: Tensor | None = None
@@ -259,8 +256,7 @@ class TimeLook:
 
 # %% ../../nbs/04_attention.ipynb #b95de7d4
 class Attention(nn.Module):
-    """Self-attention with grouped key-value heads and QK-norm, inside frames or along time; the weights are
-    of one kind."""
+    "Self-attention with grouped key-value heads and QK-norm, inside frames or along time."
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -278,8 +274,7 @@ class Attention(nn.Module):
         return self.spatial(x, look)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Normed queries and keys side by side (b, t, s, heads + kv_heads, d), and values (b, t, s, kv_heads,
-        d)."""
+        "Normed queries and keys (b, t, s, heads + kv_heads, d), and values (b, t, s, kv_heads, d)."
         heads, kv_heads = self.config.heads, self.config.kv_heads
         qkv = self.qkv(x).unflatten(-1, (-1, self.config.head_dim))
         qk, v = qkv.split([heads + kv_heads, kv_heads], -2)

@@ -92,9 +92,8 @@ def mask_rectangles(layout: TokenLayout) -> Rectangles:
             continue
         rows = layout.slice(name)
         seen = dict(layout.sees)[name]
-        columns = [
-            number for group, _ in layout.groups if group in seen for number in every[layout.slice(group)]
-        ]
+        groups = [group for group, _ in layout.groups if group in seen]
+        columns = [number for group in groups for number in every[layout.slice(group)]]
         if found and found[-1][1] == columns:
             rows = slice(found.pop()[0].start, rows.stop)
         found.append((rows, columns))
@@ -158,8 +157,7 @@ class KVCache:
             self.values = [ring.to(dtype) for ring in self.values]
 
     def write_kv(self, ring: int, slot: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes one frame (b, s, kv_heads, 1, head_dim) into a slot (1,) of ring number `ring`; returns the
-        whole rings."""
+        "Writes one frame (b, s, kv_heads, 1, head_dim) into a slot (1,) of a ring; returns the whole rings."
         return self.keys[ring].index_copy_(-2, slot, k), self.values[ring].index_copy_(-2, slot, v)
 
     def gather_kv(self, ring: int, commit: bool, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,8 +178,9 @@ class KVCache:
 # %% ../../nbs/05_blocks.ipynb #8c842403
 @dataclass
 class CacheSlot:
-    """Where frames stand in time, and where keys and values of earlier ones are; all forwards of these frames
-    may use it.
+    """Where frames stand in time, and where keys and values of earlier ones are.
+
+    All forwards of these frames may use it.
 
     look: rotation of the frames, and who sees whom
     cache: of their stream; None for a clip that stands alone
@@ -213,9 +212,7 @@ def slot_of_next(cache: KVCache, head_dim: int, device: torch.device) -> CacheSl
 
 
 def look_of_next(t: int, cache: KVCache | None, config: TransformerConfig, device: torch.device) -> TimeLook:
-    """How the t frames after those in the cache look along time; without one, the frames 0 ...
-
-    t - 1 of a clip."""
+    "How the next t frames of a stream look along time, or all t frames of a clip (no cache)."
     start, past = (cache.length, cache.past) if cache is not None else (0, 0)
     positions = torch.arange(start, start + t, device=device)
     rope = rope_table(positions[:, None, None], config.head_dim)
@@ -256,8 +253,9 @@ def run_layer(layer: nn.Module, x: Tensor, look: TimeLook | Rectangles, recomput
 
 # %% ../../nbs/05_blocks.ipynb #36d4139a
 class BlockCausalTransformer(nn.Module):
-    """Tokens (b, t, s, width) to the same shape: inside a frame by the layout, along time causally (paper,
-    section 3).
+    """Tokens (b, t, s, width) to the same shape, causal along time (paper, section 3).
+
+    Inside a frame tokens look by the layout, along time each on its own track.
 
     queries: the first groups of the layout, if their tokens are the same in every frame. They join at the
         first layer that looks inside frames, and the layers come in reverse order, time first.
@@ -331,8 +329,7 @@ def ring_shapes(transformer: BlockCausalTransformer, batch: int) -> list[tuple[i
 
 def empty_cache(transformer: BlockCausalTransformer, batch: int, device: torch.device | None = None,
                 dtype: torch.dtype | None = None) -> KVCache:
-    """A cache for streaming `batch` rows; by default on the weights' device, in the dtype that keys have at
-    present."""
+    "A cache for streaming `batch` rows; by default on the weights' device, in the dtype of keys."
     device = transformer.norm.gain.device if device is None else device
     dtype = key_dtype(transformer) if dtype is None else dtype
     shapes = ring_shapes(transformer, batch)
@@ -361,8 +358,7 @@ def next_slot(transformer: BlockCausalTransformer, cache: KVCache, batch: int) -
 # %% ../../nbs/05_blocks.ipynb #4e4626b3
 def place_frames(transformer: BlockCausalTransformer, x: Tensor, cache: KVCache | None, sees: Tensor | None,
                  positions: Tensor | None) -> CacheSlot:
-    """Where the frames of x stand: after those in the cache, or alone, as `BlockCausalTransformer.forward`
-    says.
+    """Where the frames of x stand: after those in the cache, or alone.
 
     UserError for another shape, and for another batch's cache."""
     c = transformer.config

@@ -84,8 +84,7 @@ class FrameInputs:
 
 
 def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> FrameInputs:
-    """The same frames once more in front, (b, 2t, ...), as `context` (z's shape) shows them: at the context
-    level."""
+    "The same frames once more in front, (b, 2t, ...), at the context level; `context`: z's shape."
     i = torch.full_like(frames.i, schedule.ctx_index)
     j = torch.full_like(frames.j, schedule.ctx_j)
     return FrameInputs(torch.cat([context, frames.z], 1), torch.cat([i, frames.i], 1),
@@ -133,8 +132,7 @@ class Dynamics(nn.Module):
                 agent: Tensor | None = None, segments: Tensor | None = None, context: Tensor | None = None,
                 cache: KVCache | CacheSlot | None = None,
                 commit: bool = True) -> tuple[Tensor, Tensor | None]:
-        """Clean latents x_hat (b, t, n_tokens, d_token), and h (b, t, n_agent, width), or None without agent
-        tokens.
+        """Clean latents x_hat (b, t, n_tokens, d_token), and h (b, t, n_agent, width) or None.
 
         z, i, j, actions, action_known: see `FrameInputs`
         agent: (b, n_agent, width), needed when the config has agent tokens
@@ -179,8 +177,7 @@ def checked_inputs(dynamics: Dynamics, frames: FrameInputs, context: Tensor | No
 
 def masks_of(config: TransformerConfig, t: int, segments: Tensor | None,
              context: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Who sees whom along time and the frames' numbers, where they are not the plain ones: see
-    `Dynamics.forward`."""
+    "Who sees whom along time, and the frames' numbers, where they are not the plain ones."
     sees = None if segments is None else segment_mask(segments, config.context)
     if context is None:
         return sees, None
@@ -210,8 +207,7 @@ def embed_frames(dynamics: Dynamics, frames: FrameInputs, agent: Tensor | None =
 # %% ../../nbs/08_dynamics.ipynb #cell-25
 def draw_segments(config: DynamicsConfig, b: int, t: int,
                   generator: torch.Generator) -> tuple[Tensor | None, Tensor | None]:
-    """Clip numbers (b, t), and which rows are single images (b, 1); both None when the config asks for whole
-    rows only.
+    """Clip numbers (b, t), and which rows are single images (b, 1); None, None for whole rows only.
 
     A row is, by chance: t single images, short clips of `config.short_clip_length` frames, or one clip of t
     frames. All have one tensor shape (paper, section 3.2)."""

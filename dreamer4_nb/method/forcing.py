@@ -46,31 +46,31 @@ class Schedule:
 
     @property
     def grid(self) -> Grid:
-        """The (τ, d) grid."""
+        "The (τ, d) grid."
         return Grid(self.k_max)
 
     @property
     def ctx_index(self) -> int:
-        """Signal index of context frames: `tau_ctx` rounded down to the grid."""
+        "Signal index of context frames: `tau_ctx` rounded down to the grid."
         return min(math.floor(self.tau_ctx * self.k_max), self.k_max - 1)
 
     @property
     def ctx_j(self) -> int:
-        """Step index of context frames: d_min, the one step size for which every signal index is trained."""
+        "Step index of context frames: d_min, the one step size for which every signal index is trained."
         return self.grid.j_min
 
     @property
     def ctx_tau(self) -> float:
-        """The level that context frames really get, ctx_index / k_max: the label and the noise agree."""
+        "The level that context frames really get, ctx_index / k_max: the label and the noise agree."
         return self.ctx_index / self.k_max
 
     def sampling_indices(self) -> list[tuple[int, int]]:
-        """The (i, j) of the `steps` denoising steps of one frame, in order."""
+        "The (i, j) of the `steps` denoising steps of one frame, in order."
         j = self.grid.j_of(1 / self.steps)
         return [(i, j) for i in range(0, self.k_max, self.grid.stride(j))]
 
     def used_indices(self) -> list[tuple[int, int]]:
-        """Every (i, j) that a model meets at inference: the denoising steps and the context."""
+        "Every (i, j) that a model meets at inference: the denoising steps and the context."
         return self.sampling_indices() + [(self.ctx_index, self.ctx_j)]
 
 # %% ../../nbs/03_forcing.ipynb #cell-10
@@ -121,8 +121,7 @@ def _mean_over(x: Tensor, mask: Tensor) -> Tensor:
 
 
 class Denoiser(Protocol):
-    """f(z̃, i, j, rows) -> x̂ of whole sequences; `rows`: the slice of the batch that z̃ belongs to (for
-    slicing actions)."""
+    "f(z̃, i, j, rows) -> x̂ of whole sequences; `rows`: the slice of the batch that z̃ belongs to."
 
     def __call__(self, z: Tensor, i: Tensor, j: Tensor, /, rows: slice) -> Tensor: ...
 

@@ -44,8 +44,9 @@ class Dream:
 # %% ../../nbs/09_generation.ipynb #cell-8
 def draw_frame(dynamics: Dynamics, schedule: Schedule, z: Tensor, noise: Tensor, actions: Tensor,
                agent: Tensor | None, slot: CacheSlot) -> tuple[Tensor, Tensor | None]:
-    """All K + 1 forwards of one frame, which is committed in `slot`: z (b, 1, n_tokens, d_token) and h (b, 1,
-    n_agent, width).
+    """All K + 1 forwards of a frame: z (b, 1, n_tokens, d_token) and h (b, 1, n_agent, width) or None.
+
+    slot: where the finished frame is committed
 
     z: the noise that becomes the frame; noise: z's shape, the context noise on the finished frame
     actions: (b, 1, action_dim), led to the frame; agent: (b, n_agent, width)
@@ -97,8 +98,7 @@ class WorldModel(nn.Module):
     @torch.no_grad()
     def observe(self, dream: Dream, latents: Tensor, actions: Tensor,
                 action_known: Tensor | None = None) -> Tensor | None:
-        """Commits real frames with the actions that led to them, as noised context; returns h (b, t, n_agent,
-        width).
+        """Commits real frames, as noised context; returns h (b, t, n_agent, width) or None.
 
         latents: (b, t, n_latents, d_latent); actions: (b, t, action_dim)
         action_known: (b, t) bool; by default all but that of an episode's first frame"""

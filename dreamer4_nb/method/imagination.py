@@ -113,8 +113,7 @@ LossFn = Callable[[dict[str, nn.Module], Batch, torch.Generator], Losses]
 
 def imagination_loss(world: WorldModel, heads: AgentHeads, config: ImaginationConfig,
                      compile: bool = False) -> LossFn:
-    """A loss for `fit` over modules policy and value (paper, section 3.4); everything else, and the prior,
-    stays frozen.
+    """A loss for `fit` over modules policy and value; all else stays frozen (paper, section 3.4).
 
     A step counts by the chance that the episode still goes on there. The metric "clamped" is the share of
     returns that the value head's bins do not reach. compile: the frozen world (`torch.compile`)"""

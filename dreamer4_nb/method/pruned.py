@@ -16,8 +16,7 @@ from .blocks import BlockCausalTransformer, Layer
 
 # %% ../../nbs/22_pruned.ipynb #2c3e4b60
 def attend_first(attention: Attention, x: Tensor, rectangles: Rectangles, n: int) -> Tensor:
-    """`Attention.spatial`, for the first n tokens of each frame only: x (b, t, s, width) to (b, t, n,
-    width)."""
+    "`Attention.spatial` for the first n tokens of each frame: (b, t, s, width) to (b, t, n, width)."
     c = attention.config
     w_q, w_kv = attention.qkv.weight.split([c.heads * c.head_dim, 2 * c.kv_heads * c.head_dim])
     gain_q, gain_k = attention.norm.gain.view(attention.norm.shape).split([c.heads, c.kv_heads])
@@ -33,8 +32,7 @@ def attend_first(attention: Attention, x: Tensor, rectangles: Rectangles, n: int
 
 # %% ../../nbs/22_pruned.ipynb #9a6c1ad4
 class PrunedLayer(nn.Module):
-    """A layer that looks inside frames for their first `n` tokens only, with the weights of the layer that it
-    replaces."""
+    "A layer inside frames that answers for their first `n` tokens, with another layer's weights."
     temporal = False
 
     def __init__(self, layer: Layer, n: int) -> None:

@@ -20,8 +20,7 @@ from .tokenizer import Tokenizer, TokenizerConfig
 
 # %% ../../nbs/23_streams.ipynb #2f3800ff
 def looks(transformer: BlockCausalTransformer, layer: int, frames: int) -> tuple[int, int]:
-    """Pairs of tokens of which one looks at the other in a layer, while `frames` frames pass, and keys that
-    are read for it."""
+    "Pairs of tokens that look at each other in a layer, and keys read for it, while `frames` frames pass."
     looking, tokens = layer_tokens(transformer)[layer]
     if transformer.layers[layer].temporal:
         seen = transformer.config.context - 1 + frames
@@ -37,8 +36,7 @@ def looks(transformer: BlockCausalTransformer, layer: int, frames: int) -> tuple
 
 def layer_inference_bytes(transformer: BlockCausalTransformer, layer: int, frames: int,
                           itemsize: int) -> float:
-    """Bytes of what one layer makes of a row's `frames` frames, at most, without its cache; see
-    `inference_bytes`."""
+    "Bytes of what one layer makes of a row's frames, at most, without its cache."
     c = transformer.config
     kv = c.kv_heads * c.head_dim
     looking, tokens = layer_tokens(transformer)[layer]
@@ -98,7 +96,7 @@ def in_pieces(run: Callable[[Tensor, KVCache], Tensor], x: Tensor, new_cache: Ca
 # %% ../../nbs/23_streams.ipynb #fa13b1a7
 def coding_bytes(coder: BlockCausalTransformer, config: TokenizerConfig, frames: int,
                  itemsize: int = 4) -> float:
-    """Bytes of a row, at most, while `frames` frames pass a tokenizer's encoder or decoder, `coder`."""
+    "Bytes of a row, at most, while `frames` frames pass a tokenizer's encoder or decoder, `coder`."
     pixels = config.channels * config.image ** 2
     tokens = config.transformer.width * (config.n_latents + config.n_patches)
     colors = config.n_backgrounds * config.channels * config.n_patches      # compared with every mean frame

@@ -108,8 +108,7 @@ def unpatchify(patches: Tensor, patch: int, image: int) -> Tensor:
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-16
 def grid_embedding(side: int, width: int) -> Tensor:
-    """Sines and cosines of row and column, (side², width): where a patch is, in a form that a linear map can
-    read."""
+    "Sines and cosines of row and column, (side², width): where a patch is, for a linear map to read."
     y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
     speed = 2 * torch.logspace(0, -1.1, width // 4)
     place = torch.stack([y, x], -1).reshape(-1, 2, 1)                                   # (side², 2, 1)
@@ -136,8 +135,7 @@ POSITION_SCALE = 2.0    # of the position embedding beside the content of a patc
 
 
 def nearest_background(frames: Tensor, mean_frame: Tensor, patch: int, mask: Tensor | None = None) -> Tensor:
-    """Number (...) of the mean frame that is nearest to each frame, compared patch by patch on average
-    colors.
+    """Number (...) of the mean frame nearest to each frame, by the average colors of patches.
 
     frames: (..., c, h, w); mean_frame: (n, c, h, w); mask: (..., s), dropped patches, which have no say"""
     found = F.avg_pool2d(frames.float().flatten(0, -4), patch).flatten(2)               # (frames, c, s)
@@ -193,8 +191,7 @@ class Tokenizer(nn.Module):
         return torch.tanh(self.to_latent(y).float())
 
     def decode(self, latents: Tensor, cache: KVCache | CacheSlot | None = None) -> Tensor:
-        """Frames (b, t, c, h, w), about [0, 1], of latents (b, t, n_latents, d_latent). UserError for another
-        shape.
+        """Frames (b, t, c, h, w), about [0, 1], of latents (b, t, n_latents, d_latent).
 
         cache: the decoder's, for streaming"""
         c = self.config
@@ -206,8 +203,9 @@ class Tokenizer(nn.Module):
 
 # %% ../../nbs/07_tokenizer.ipynb #d17a2d9a
 def set_frame_statistics(tokenizer: Tokenizer, frames: Tensor, background: int = 0) -> None:
-    """Mean and standard deviation a pixel of a background, from frames (n, c, h, w) in [0, 1] of its training
-    data.
+    """Mean and standard deviation a pixel of a background, from its training frames.
+
+    frames: (n, c, h, w) in [0, 1]
 
     UserError for another shape, and for fewer than two frames."""
     c = tokenizer.config
@@ -285,8 +283,7 @@ def latent_std_loss(latents: Tensor, target: float, valid: Tensor | None = None)
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-47
 def slowness_loss(latents: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Mean square of z_t − z_(t−1) over twice the variance, a scalar: 0 for stills, about 1 without any
-    relation.
+    """Mean square of z_t − z_(t−1) over twice the variance: 0 for stills, about 1 without any relation.
 
     latents: (b, t, n, d); valid: (b, t), the frames that count. 0 where there is no pair of them"""
     z = latents.float()
@@ -316,8 +313,7 @@ FETCH_TRUNK = "python -c \"import torchvision; torchvision.models.alexnet(weight
 
 
 class PerceptualLoss:
-    """LPIPS (the `lpips` package, AlexNet) where its trunk is on this machine, else image-gradient
-    differences.
+    """LPIPS (AlexNet) where its trunk is on this machine, else image-gradient differences.
 
     Call it with images (n, c, h, w) in [0, 1]. Nothing is downloaded: a missing trunk is said in one printed
     line, with the command that fetches it.
@@ -356,8 +352,7 @@ class PerceptualLoss:
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-60
 def latent_terms(latents: Tensor, config: TokenizerConfig, part: int, valid: Tensor | None = None) -> Tensor:
-    """What the loss asks of latents (b, t, n, d) themselves, a scalar: their standard deviation, and
-    slowness.
+    """What the loss asks of latents (b, t, n, d) themselves: their standard deviation, and slowness.
 
     part: of the training, 0 or 1, says how much slowness counts; valid: (b, t), the frames that count"""
     total = latents.new_zeros(())
@@ -373,8 +368,7 @@ def latent_terms(latents: Tensor, config: TokenizerConfig, part: int, valid: Ten
 
 def random_frames(n: int, valid: Tensor | None, count: int, generator: torch.Generator,
                   device: torch.device) -> Tensor:
-    """Numbers of at most `count` of the n frames of a batch, without repetition; with `valid` (b, t), of
-    those that count."""
+    "Numbers of at most `count` of a batch's n frames, drawn from those that are `valid` (b, t)."
     usable = n if valid is None else int(valid.sum())
     rows = torch.randperm(usable, generator=generator, device=generator.device)[:count].to(device)
     return rows if valid is None else valid.flatten().nonzero()[rows, 0]
@@ -383,8 +377,7 @@ def random_frames(n: int, valid: Tensor | None, count: int, generator: torch.Gen
 def tokenizer_loss(modules: dict[str, nn.Module], batch: Batch, generator: torch.Generator,
                    perceptual: PerceptualLoss | None = None, n_perceptual: int = 8,
                    part: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Losses of one batch of frames, and as a metric the plain squared error as PSNR in dB (paper, section
-    3.1).
+    """Losses of one batch of frames, and its PSNR in dB (paper, section 3.1).
 
     "mse": the weighted squared error over all patches, masked or not, and in units of it the `latent_terms`
     "perceptual": of `n_perceptual` random frames of the batch
