@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from helpers.models import output_layers, spread_weights
 
 from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy,
                                       agent_loss, multi_step_targets, masked_mean, only_live, symexp, symlog, two_hot)
@@ -30,8 +31,7 @@ def make_modules(seed=0):
     "A small world and heads whose output layers are not near zero, so that what could matter does."
     torch.manual_seed(seed)
     dynamics, heads = Dynamics(WORLD), AgentHeads(AGENT)
-    for layer in (dynamics.to_latent, heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1]):
-        torch.nn.init.normal_(layer.weight, std=0.3)
+    spread_weights([dynamics.to_latent, *output_layers(heads)])
     return {"dynamics": dynamics, "heads": heads}
 
 

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.models import generator, output_layers, spread_weights
 from torch import nn
 
 from dreamer4_nb.method.agent import AgentConfig, AgentHeads, agent_loss, read_agent, two_hot
@@ -26,10 +27,6 @@ from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, deviation_
 from dreamer4_nb.training.loop import summarize
 from dreamer4_nb.training.optimizers import (LossScale, TrainConfig, learning_rate, make_optimizer,
                                              pick_trainable, training_only)
-
-
-def generator(seed=0):
-    return torch.Generator().manual_seed(seed)
 
 
 # Noise, data and velocity
@@ -401,9 +398,7 @@ def make_agent():
     thin = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
     world = Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=thin))
     heads = AgentHeads(AgentConfig(width=32, hidden=16, mtp=2, tasks=("one", "two")))
-    last = [net[-1] for net in (heads.policy.net, heads.reward.net, heads.value.net, heads.continues.net)]
-    for layer in (world.to_latent, *last):
-        nn.init.normal_(layer.weight, std=0.3)
+    spread_weights([world.to_latent, *output_layers(heads)])
     return world, heads.eval()
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers.models import same_weights
 
 from dreamer4_nb.runs import chain, judge
 from dreamer4_nb.runs import study
@@ -112,11 +113,6 @@ def made(preset, tmp_path_factory):
     return SimpleNamespace(run=run, view=by_task(run)[0], given={name: (args, kwargs) for name, args, kwargs in calls})
 
 
-def same(one, other):
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def weights(folder, name):
     return (folder / f"{name}.safetensors").read_bytes()
 
@@ -156,7 +152,7 @@ def test_what_is_there_is_loaded_and_not_made_again(made, preset, monkeypatch):
     again.train("imagination")
     parts = lambda run: (run.tokenizer, run.dynamics, *run.agent, run.imagination)
     pairs = list(zip(parts(again), parts(made.run)))
-    assert all(same(*pair) for pair in pairs) and not same(again.imagination, again.agent[1])
+    assert all(same_weights(*pair) for pair in pairs) and not same_weights(again.imagination, again.agent[1])
     noted = json.loads((made.run.folder / "phases.json").read_text())
     assert all(entry["seconds"] > 0 for entry in noted.values())
 
@@ -248,7 +244,7 @@ def test_the_dream_in_use_is_that_of_the_world_after_phase_2(made, monkeypatch):
     calls = watch(monkeypatch, judge, "rollout_report")
     found = measured(view, in_use=True)
     before, after = (args[0] for _, args, _ in calls)
-    assert before.dynamics is run.dynamics and after is run.world and not same(before.dynamics, after.dynamics)
+    assert before.dynamics is run.dynamics and after is run.world and not same_weights(before.dynamics, after.dynamics)
     assert found["dream"]["mean"] != found["dream_in_use"]["mean"]
     assert measured(view, in_use=True) == found == measured(view) and len(calls) == 2
     monkeypatch.setattr(judge, "figures", lambda view, dream: {})
@@ -277,7 +273,7 @@ def test_a_run_of_an_older_package_goes_on(made, monkeypatch):
     path.write_text(json.dumps(phases))
     try:
         monkeypatch.setattr(chain, "train_agent", None)          # is not called
-        assert same(Run(made.run.folder, made.run.asked).agent[1], made.run.agent[1])
+        assert same_weights(Run(made.run.folder, made.run.asked).agent[1], made.run.agent[1])
     finally:
         path.write_text(kept)
 
@@ -305,8 +301,8 @@ def test_a_run_of_a_former_version_goes_on(made, preset, tmp_path, monkeypatch):
         monkeypatch.setattr(chain, name, None)                   # is not called
     asked = from_dict(Preset, json.loads((folder / "config.json").read_text()))
     run = Run(folder, asked)
-    assert asked == preset and same(run.train("imagination"), made.run.imagination)
-    assert same(run.tokenizer, made.run.tokenizer) and same(run.agent[0], made.run.agent[0])
+    assert asked == preset and same_weights(run.train("imagination"), made.run.imagination)
+    assert same_weights(run.tokenizer, made.run.tokenizer) and same_weights(run.agent[0], made.run.agent[0])
 
 
 def test_a_training_of_a_former_version_goes_on(preset, tmp_path):

@@ -1,5 +1,4 @@
 "Corners of windows and latents that the notebook has no room for; what they are for is tested there."
-from dataclasses import fields
 from tempfile import TemporaryDirectory
 
 import numpy as np
@@ -7,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from helpers.models import same_batches
 from helpers.toy_stores import make, make_joined
 
-from dreamer4_nb.core import UserError
-from dreamer4_nb.core import Batch, to_float
+from dreamer4_nb.core import UserError, to_float
 from dreamer4_nb.data.demonstrations import _shipped, load_demonstrations
 from dreamer4_nb.data.latents import encode_latents
 from dreamer4_nb.data.mixtures import Mixture, concatenate
@@ -22,11 +21,6 @@ from dreamer4_nb.data.stores import Episode, EpisodeStore
 def pool(frames):
     "Bytes (b, t, h, w, c) to latents (b, t, c, 1): the mean of each color."
     return to_float(frames).mean((-2, -1)).unsqueeze(-1)
-
-
-def same(a, b):
-    pairs = [(getattr(a, f.name), getattr(b, f.name)) for f in fields(Batch)]
-    return all((x is None and y is None) or torch.equal(x, y) for x, y in pairs)
 
 
 def counting(path, lengths, task="a"):
@@ -162,7 +156,7 @@ def test_windows_where_all_episodes_are_long_enough_are_as_they_were(tmp_path):
         plain, padding = (Windows(store, 6, 5, seed=3, weights=weights, pad=pad) for pad in (False, True))
         assert [plain.draw(step)[0].tolist() for step in range(2)] == drawn
         assert np.array_equal(plain.probabilities, padding.probabilities) and padding(7).valid is None
-        assert all(same(plain(s), padding(s)) for s in range(9))
+        assert all(same_batches(plain(s), padding(s)) for s in range(9))
 
 
 @settings(max_examples=20, deadline=None)

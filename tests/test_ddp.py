@@ -2,25 +2,18 @@
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import HELPERS, start_torchrun
 from helpers.toy_training import gradients, make_batch, make_config, make_modules, plain_loss_fn
 
 from dreamer4_nb.core import load_checkpoint
 from dreamer4_nb.training.loop import fit
 
-TOY = Path(__file__).parent / "helpers" / "toy_training.py"
+TOY = HELPERS / "toy_training.py"
 LIMIT = 600  # seconds, on a busy machine
-
-
-def torchrun(run_dir, *options):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TOY), str(run_dir), *options]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 def finish(process):
@@ -36,7 +29,7 @@ def finish(process):
 def test_gradients_equal_those_of_one_process(tmp_path, normalize):
     "Of one with the double batch, or, where the first batch's loss is a divisor, of one that accumulates the two batches."
     steps = 1 if normalize == 0 else 12
-    process = torchrun(tmp_path, "--steps", str(steps), "--normalize", str(normalize))
+    process = start_torchrun(TOY, 2, tmp_path, "--steps", steps, "--normalize", normalize)
     output = finish(process)
     assert process.returncode == 0, output
     alone = make_modules()
@@ -55,7 +48,7 @@ def test_gradients_equal_those_of_one_process(tmp_path, normalize):
 
 
 def test_interrupted_ranks_save_the_same_step_and_exit(tmp_path):
-    process = torchrun(tmp_path, "--steps", "1000000")
+    process = start_torchrun(TOY, 2, tmp_path, "--steps", "1000000")
     deadline = time.time() + LIMIT
     while not (tmp_path / "toy.train.safetensors").exists() and time.time() < deadline and process.poll() is None:
         time.sleep(0.05)

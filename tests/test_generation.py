@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
+from helpers import models
 
 from dreamer4_nb.core import RowGenerators, UserError
 from dreamer4_nb.data.stores import Episode, EpisodeStore
@@ -16,7 +17,7 @@ from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, set_latent_sta
 from dreamer4_nb.method.forcing import Schedule, sample_sequence
 from dreamer4_nb.method.generation import WorldModel, rollout
 from dreamer4_nb.method.streams import inference_bytes
-from dreamer4_nb.method.tokenizer import Tokenizer, TokenizerConfig
+from dreamer4_nb.method.tokenizer import TokenizerConfig
 from dreamer4_nb.training.phases import encode_store
 
 B, PREFIX, LENGTH = 3, 4, 14                # longer than twice the context of 5: the window rolls
@@ -24,12 +25,9 @@ THIN = TransformerConfig(width=32, depth=4, heads=2, kv_heads=1, time_every=2, c
 
 
 def make_world(seed=0, schedule=Schedule(), n_agent=0):
-    torch.manual_seed(seed)
-    tokenizer = Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=replace(THIN, depth=2)))
-    dynamics = Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=n_agent, schedule=schedule, transformer=THIN))
-    for layer in (dynamics.to_latent, tokenizer.to_patch):       # small or zero at the start: nothing would show
-        torch.nn.init.normal_(layer.weight, std=0.3)
-    return WorldModel(tokenizer, dynamics).eval()
+    tokenizer = TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=replace(THIN, depth=2))
+    dynamics = DynamicsConfig(n_latents=4, d_latent=6, n_agent=n_agent, schedule=schedule, transformer=THIN)
+    return models.make_world(tokenizer, dynamics, seed)
 
 
 def make_context(seed=1, b=B, t=LENGTH):
@@ -38,7 +36,7 @@ def make_context(seed=1, b=B, t=LENGTH):
 
 
 def noise(seed=3):
-    return torch.Generator().manual_seed(seed)
+    return models.generator(seed)
 
 
 def record_calls(world):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from helpers.models import generator, output_layers, spread_weights
 
 from dreamer4_nb.method import imagination
 from dreamer4_nb.training import phases
@@ -34,8 +35,7 @@ def make_agent(seed=0):
     t = TransformerConfig(width=32, depth=2, heads=2, kv_heads=1, time_every=2, context=8)
     world = WorldModel(Tokenizer(TokenizerConfig(image=16, n_latents=4, d_latent=6, transformer=t)), Dynamics(DynamicsConfig(n_latents=4, d_latent=6, n_agent=1, transformer=t)))
     heads = AgentHeads(AgentConfig(width=32, hidden=32, mtp=2))
-    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1], world.dynamics.to_latent):
-        nn.init.normal_(layer.weight, std=0.3)
+    spread_weights([*output_layers(heads), world.dynamics.to_latent])
     return world.eval(), heads.eval()
 
 
@@ -49,9 +49,6 @@ def make_contexts(b=4, t=3, seed=0):
 def always(value):
     "A policy that always does the same."
     return lambda h, live: SimpleNamespace(sample=lambda generator: torch.full((len(h), 2), value))
-
-
-def generator(seed=0): return torch.Generator().manual_seed(seed)
 
 
 def slow_returns(r, c, v, gamma, lam):

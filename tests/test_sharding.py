@@ -1,9 +1,7 @@
 "Weights spread over two and four ranks (FSDP2, HSDP): the run of one process, resumed on other ranks, continued after a kill."
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,19 +12,11 @@ from dreamer4_nb.core import UserError, load_checkpoint
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.training.ranks import Checkpoints
 from dreamer4_nb.training.loop import fit
+from helpers.processes import ENVIRONMENT, HELPERS, torchrun
 from helpers.toy_sharding import CONFIG, make_batch, make_config
 
-TOY = Path(__file__).parent / "helpers" / "toy_sharding.py"
+TOY = HELPERS / "toy_sharding.py"
 LIMIT = 600  # seconds, on a busy machine
-
-
-def torchrun(ranks, run_dir, *options, restarts=0):
-    "Exit status and output of the toy on so many ranks."
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--max-restarts", str(restarts),
-               "--monitor-interval", "0.1", str(TOY), str(run_dir), *map(str, options)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
-    done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
-    return done.returncode, done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +45,7 @@ def test_spread_over_ranks_it_is_the_run_of_one_process(tmp_path, alone, ranks, 
     stale = tmp_path / "toy.train" / "step-00000008"      # as a save by more ranks leaves it that was cut short
     stale.mkdir(parents=True)
     (stale / "shard-00005-model-00001-of-00001.safetensors").write_bytes(b"")
-    code, output = torchrun(ranks, tmp_path, *options)
+    code, output = torchrun(TOY, ranks, tmp_path, *options)
     assert code == 0, output
     assert_same_run(tmp_path, alone)
     step, = (tmp_path / "toy.train").iterdir()
@@ -78,7 +68,7 @@ def test_muon_makes_whole_matrices_of_spread_ones(tmp_path):
         return make_batch(i)
 
     run("alone")
-    code, output = torchrun(2, tmp_path / "spread", "--shard", 0, "--accumulate", 2, "--muon", 1)
+    code, output = torchrun(TOY, 2, tmp_path / "spread", "--shard", 0, "--accumulate", 2, "--muon", 1)
     assert code == 0, output
     here, there = ([json.loads(line)["dynamics"] for line in (tmp_path / name / "toy.log.jsonl").read_text().splitlines()] for name in ("alone", "spread"))
     assert there == pytest.approx(here, rel=1e-3) and abs(here[-1] - here[0]) > 0.01
@@ -89,20 +79,20 @@ def test_muon_makes_whole_matrices_of_spread_ones(tmp_path):
 
 
 def test_a_rank_killed_in_mid_step_is_started_again_and_the_run_goes_on(tmp_path, alone):
-    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 6, restarts=1)
+    code, output = torchrun(TOY, 2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 6, restarts=1)
     assert code == 0 and (tmp_path / "died").exists(), output
     assert_same_run(tmp_path, alone)
     assert subprocess.run(["pgrep", "-f", str(tmp_path)], stdout=subprocess.PIPE).stdout == b""      # every rank is gone
 
 
 def test_a_run_of_four_ranks_goes_on_with_two_and_ends_with_one(tmp_path, alone):
-    code, output = torchrun(4, tmp_path, "--shard", 2, "--dies", 4)
+    code, output = torchrun(TOY, 4, tmp_path, "--shard", 2, "--dies", 4)
     assert code != 0
     assert Checkpoints(tmp_path, "toy", 0, None).last().name == "step-00000002", output
-    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 1)
+    code, output = torchrun(TOY, 2, tmp_path, "--shard", 0, "--accumulate", 1)
     assert code != 0 and "batches a step was 4, now 2" in output
     (tmp_path / "died").unlink()
-    code, output = torchrun(2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 4)      # step 6 of the run
+    code, output = torchrun(TOY, 2, tmp_path, "--shard", 0, "--accumulate", 2, "--dies", 4)      # step 6 of the run
     assert code != 0
     assert Checkpoints(tmp_path, "toy", 0, None).last().name == "step-00000004", output
     fit("toy", {"dynamics": Dynamics(CONFIG)}, dynamics_loss, make_batch, make_config(accumulate=4), tmp_path, progress=False)
@@ -133,7 +123,7 @@ def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path)
     line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
     for phase in ("tokenizer", "dynamics"):
         command = line.replace("train dynamics", f"train {phase}").split() + ["--run", str(tmp_path), f"--{phase}.train.shard", "0", "--episodes", "4"]
-        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])},
+        done = subprocess.run([sys.executable, "-m", "torch.distributed.run", *command], env=ENVIRONMENT,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=LIMIT)
         assert done.returncode == 0, done.stdout
         assert (tmp_path / f"{phase}.safetensors").exists() and (tmp_path / f"{phase}.train").exists()

@@ -5,17 +5,17 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from helpers.processes import ENVIRONMENT, HELPERS
 from helpers.toy_training import gradients, loss_fn, make_batch, make_config, make_modules, plain_loss_fn
 
 from dreamer4_nb import core
 from dreamer4_nb.core import UserError, load_checkpoint
 from dreamer4_nb.training.loop import fit
 
-TOY = Path(__file__).parent / "helpers" / "toy_training.py"
+TOY = HELPERS / "toy_training.py"
 
 
 def train(run_dir, batches=make_batch, loss=loss_fn, modules=None, trainable=None, **changes):
@@ -68,8 +68,8 @@ def test_crash_goes_back_to_the_last_save(tmp_path):
 
 
 def test_kill_at_any_moment_leaves_a_usable_checkpoint(tmp_path):
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(TOY.parents[2])}
-    subprocess.run([sys.executable, str(TOY), str(tmp_path / "killed"), "--rounds", "5"], env=env, check=True, timeout=900)
+    command = [sys.executable, str(TOY), str(tmp_path / "killed"), "--rounds", "5"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=900)
     torch.set_num_threads(1)
     train(tmp_path / "unbroken", steps=80, save_every=1)
     assert same_tensors(tmp_path / "unbroken" / "toy.train.safetensors", tmp_path / "killed" / "toy.train.safetensors")

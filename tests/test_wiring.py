@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from helpers import models
+from helpers.models import output_layers, same_weights, spread_weights
 from torch import nn
 
 from dreamer4_nb.evaluation import metrics
@@ -50,11 +52,7 @@ EPISODES, LENGTH = 8, 12
 
 def make_world(seed=0, n_agent=1, action_dim=2):
     "A small world whose output layers are not near zero, and whose latents have statistics of their own."
-    torch.manual_seed(seed)
-    tokenizer, config = Tokenizer(FRAMES), replace(WORLD, n_agent=n_agent, action_dim=action_dim)
-    world = WorldModel(tokenizer, Dynamics(config)).eval()
-    for layer in (world.dynamics.to_latent, world.tokenizer.to_patch):
-        nn.init.normal_(layer.weight, std=0.3)
+    world = models.make_world(FRAMES, replace(WORLD, n_agent=n_agent, action_dim=action_dim), seed)
     set_latent_statistics(world.dynamics, torch.rand(4, 6) - 0.5, torch.rand(4, 6) + 0.5)
     return world
 
@@ -62,8 +60,7 @@ def make_world(seed=0, n_agent=1, action_dim=2):
 def make_heads(seed=0, **changes):
     torch.manual_seed(seed)
     heads = AgentHeads(replace(AGENT, **changes))
-    for layer in (heads.policy.net[-1], heads.reward.net[-1], heads.value.net[-1], heads.continues.net[-1]):
-        nn.init.normal_(layer.weight, std=0.3)
+    spread_weights(output_layers(heads))
     return heads.eval()
 
 
@@ -290,12 +287,6 @@ def test_what_a_stream_remembers_has_no_gradient():
 
 # What each phase trains on
 
-def same(one, other):
-    "Whether two modules have the same weights."
-    a, b = one.state_dict(), other.state_dict()
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
 def test_the_dynamics_get_the_statistics_of_their_latents(stores, tmp_path):
     latents = stores[1]
     trained = train_dynamics(latents, WORLD, SHORT, tmp_path, batch=2, length=4)
@@ -385,7 +376,7 @@ def test_phase_2_clones_good_episodes_and_sees_all(stores, monkeypatch):
     assert {int(k) for batch in numbered for k in episode_of(batch)} == set(range(EPISODES))
     begun, heads = calls[0]["modules"]["dynamics"], calls[0]["modules"]["heads"]
     assert begun.config.n_agent == heads.config.n_agent == 1
-    assert begun is not given and same(begun, given)
+    assert begun is not given and same_weights(begun, given)
 
 
 @pytest.mark.parametrize("labels", ["intended", "executed"])
@@ -452,17 +443,17 @@ def test_what_is_loaded_is_what_was_trained(trained):
              (trained.world, world),
              (trained.heads, heads),
              (trained.dreamer, load_imagination(of("imagination"), heads))]
-    assert all(same(*pair) and not any(module.training for module in pair) for pair in pairs)
+    assert all(same_weights(*pair) and not any(module.training for module in pair) for pair in pairs)
     assert all(one.config == other.config for one, other in pairs)
 
 
 def test_a_phase_trains_its_own_parts_only(trained):
-    assert same(trained.first, trained.before)                  # phase 2 has a copy of its own
-    assert not same(trained.world, trained.first) and trained.world.config.n_agent == 1
+    assert same_weights(trained.first, trained.before)                  # phase 2 has a copy of its own
+    assert not same_weights(trained.world, trained.first) and trained.world.config.n_agent == 1
     for part in ("policy", "value"):
-        assert not same(getattr(trained.dreamer, part), getattr(trained.heads, part))
+        assert not same_weights(getattr(trained.dreamer, part), getattr(trained.heads, part))
     for part in ("reward", "continues", "task"):
-        assert same(getattr(trained.dreamer, part), getattr(trained.heads, part))
+        assert same_weights(getattr(trained.dreamer, part), getattr(trained.heads, part))
 
 
 # The loss of the dynamics and its settings

@@ -61,7 +61,7 @@ def _agent_tokens(world: WorldModel, agent: Tensor | None, are_read: bool) -> Te
         return agent
     return torch.zeros(1, n_agent, world.dynamics.config.transformer.width, device=world.device)
 
-
+# %% ../../nbs/41_dream_env.ipynb #3f1ec80d
 class DreamFilm:
     """A dream that is drawn frame by frame; `frame` is the last, (h, w, 3) uint8.
 

@@ -344,7 +344,7 @@ def check_device() -> Iterator[Check]:
     used = str(pick_dtype(device)).removeprefix("torch.")
     yield "bfloat16", True, f"{half:.0f} GFLOP/s, float32 {single:.0f}; training uses {used}", ""
 
-
+# %% ../../nbs/55_cli.ipynb #ad6008e0
 def check_drawing() -> Iterator[Check]:
     "Whether environments can be drawn without a screen, and how fast."
     try:

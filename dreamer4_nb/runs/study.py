@@ -150,7 +150,7 @@ def kinds_to_play(setting: str, agent: int, policy: int) -> tuple[str, ...] | No
         return ("PMPO",)
     return ("cloning", "PMPO")
 
-
+# %% ../../nbs/52_study.ipynb #49d2adba
 def policy_row(view: TaskView, records: Records, setting: str, value: Any, agent: int, policy: int) -> Row:
     """What a study says of a policy; sampled ones with their `dreamed_return`.
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Tensors', 'Parameters', 'join_ranks', 'leave_ranks', 'all_mean', 'LossModule', 'local', 'gathered', 'rank_mesh',
            'transformers_in', 'shard_module', 'gradient_sync', 'pack_state', 'unpack_state', 'check_same_run',
-           'read_shards', 'Checkpoints']
+           'write_shards', 'wait_written', 'read_shards', 'Checkpoints']
 
 # %% ../../nbs/35_ranks.ipynb #cell-2
 import contextlib
@@ -212,6 +212,42 @@ def check_same_run(path: Path, saved: dict, asked: dict) -> None:
         raise UserError(f"{path} is of another config: {'; '.join(differing[:3])}; ask for the old values or "
                         "take another run folder (batches a step: `accumulate` times ranks)")
 
+# %% ../../nbs/35_ranks.ipynb #68002afb
+def write_shards(folder: Path, state: Tensors, metadata: dict, group: dist.ProcessGroup) -> Future:
+    """Copies a state at once and writes it in the background, each rank its part.
+
+    folder: of this state. Once it is complete, the folders of other steps beside it are deleted.
+    group: of all ranks, which nothing else uses meanwhile."""
+    first = dist.get_rank() == 0
+    if first:
+        shutil.rmtree(folder, ignore_errors=True)  # of a save cut short, perhaps by more ranks
+    dist.barrier(group)
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    pending = dcp.async_save(state, storage_writer=writer, process_group=group)
+
+    def complete(written: Future) -> None:
+        if written.exception() is None:
+            write_json(folder / "about.json", metadata)
+            for old in set(folder.parent.glob("step-*")) - {folder}:
+                shutil.rmtree(old, ignore_errors=True)
+
+    if first:
+        pending.add_done_callback(complete)
+    return pending
+
+
+def wait_written(pending: Future, folder: Path) -> None:
+    """Wait for what `write_shards` began. `UserError` if it could not be written; the one before is intact.
+
+    folder: named in the message."""
+    try:
+        pending.result()
+    except Exception as error:
+        cause = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
+        raise UserError(f"the state of the run cannot be written to {folder} ({cause}); what was "
+                        "saved before is intact: free some space and run the same command "
+                        "again") from error
+
 # %% ../../nbs/35_ranks.ipynb #cell-38
 def read_shards(path: Path, like: Tensors, group: dist.ProcessGroup | None) -> Tensors:
     """A state that ranks wrote in parts, read by any number of ranks.
@@ -264,41 +300,18 @@ class Checkpoints:
         Spread over ranks it is copied at once and written in the background."""
         self.finish()
         if self.mesh is not None:
-            self._save_shards(state, metadata)
+            folder = self.folder / f"step-{metadata['step']:08d}"
+            self.pending = write_shards(folder, state, metadata, self.group)
         elif self.rank == 0:
             save_checkpoint(self.file, state, metadata)
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def _save_shards(self, state: Tensors, metadata: dict) -> None:
-        folder = self.folder / f"step-{metadata['step']:08d}"
-        if self.rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a save cut short, perhaps by more ranks
-        dist.barrier(self.group)
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        self.pending = dcp.async_save(state, storage_writer=writer, process_group=self.group)
-
-        def complete(written: Future) -> None:
-            if written.exception() is None:
-                write_json(folder / "about.json", metadata)
-                for old in set(self.folder.glob("step-*")) - {folder}:
-                    shutil.rmtree(old, ignore_errors=True)
-
-        if self.rank == 0:
-            self.pending.add_done_callback(complete)
-
     def finish(self) -> None:
-        "Wait until the last save is done. `UserError` if it could not be written; the one before is intact."
+        "Wait until the last save is done. `UserError` as in `wait_written`."
         pending = self.pending
         self.pending = None
-        if pending is None:
-            return
-        try:
-            pending.result()
-        except Exception as error:
-            cause = f"{type(error).__name__}: {str(error).splitlines()[-1]}"
-            raise UserError(f"the state of the run cannot be written to {self.folder} ({cause}); what was "
-                            "saved before is intact: free some space and run the same command "
-                            "again") from error
+        if pending is not None:
+            wait_written(pending, self.folder)
 
     def load(self, like: Tensors) -> tuple[Tensors, dict]:
         """The last good state and its metadata.
