@@ -400,8 +400,8 @@ class Windows:
     focus: share of the rows that is drawn among windows whose middle frame is not yet `solved`, of each task.
     unlabelled: share of rows whose actions are hidden (`action_known` false).
     memory, readers: see `WindowColumns`.
-    pad: an episode shorter than `length` has one window, in which its last frame is repeated (see `read_batch`
-        and, for how often it comes, `even_chances`); without `pad` it is left out, see `coverage`.
+    pad: a shorter episode has one window, which repeats its last frame (see `window_masks` and, for how often
+        it comes, `even_chances`). Without it such episodes are left out; `coverage` says how many.
     `UserError` if no episode is long enough.
     """
     def __init__(self, store: EpisodeStore, length: int, batch: int, seed: int = 0,
@@ -427,7 +427,8 @@ class Windows:
         self.active = active_windows(store, index)
         chances = window_chances(store, index, self.active, weights, focus)
         self.sampler = Sampler(chances, batch, seed)
-        self.probabilities = self.sampler.probabilities
+        self.steps = self.sampler.steps                  # batches in an epoch
+        self.probabilities = self.sampler.probabilities  # (W,) of each window to be a given row
 
     def with_rows(self, batch: int, seed: int, relevant: bool) -> "Windows":
         "The same windows and memory, drawn `batch` at a time by another seed."
@@ -436,12 +437,8 @@ class Windows:
         other.seed = seed
         other.relevant = relevant
         other.sampler = Sampler(self.sampler.chances, batch, seed)
+        other.steps = other.sampler.steps
         return other
-
-    @property
-    def steps(self) -> int:
-        "Batches in an epoch."
-        return self.sampler.steps
 
     def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
         "Numbers of the windows of this step (b,), and which of them hide their actions (b,) bool."
