@@ -397,7 +397,7 @@ class Windows:
     and going on at step k needs no saved state. A `Sampler` says which windows a batch has.
 
     weights: (E,) relative chance of each episode's windows; None: each task has the same share of the rows.
-    focus: share of the rows that is drawn among windows whose middle frame is not yet `solved`, of each task.
+    focus: share of each task's rows that is drawn among windows whose middle frame is not yet `solved`.
     unlabelled: share of rows whose actions are hidden (`action_known` false).
     memory, readers: see `WindowColumns`.
     pad: a shorter episode has one window, which repeats its last frame (see `window_masks` and, for how often
