@@ -287,7 +287,7 @@ class StoreArrays:
         append_rows(self, rows, attributes)
         self._set_lengths(np.concatenate([self.lengths, rows["lengths"]]))
 
-
+# %% ../../nbs/28_arrays.ipynb #ed0b0b8f
 def read_once(arrays: StoreArrays, name: str) -> np.ndarray:
     "A whole column, from `arrays.columns` if it has been read before."
     if name not in arrays.columns:

@@ -100,6 +100,13 @@ def _renderer(task: str, image: int) -> mujoco.Renderer:
     atexit.register(renderer.close)
     return renderer
 
+
+def _frame(task: str, image: int, data: mujoco.MjData) -> np.ndarray:
+    "The frame (image, image, 3) uint8 of a simulator's data."
+    renderer = _renderer(task, image)
+    renderer.update_scene(data, camera=0)
+    return renderer.render()
+
 # %% ../../nbs/26_envs.ipynb #cell-33
 def check_actions(actions: np.ndarray | Sequence, shape: tuple[int, ...]) -> np.ndarray:
     "`actions` as float64 of `shape`, all in [-1, 1]; `UserError` otherwise."
@@ -128,6 +135,12 @@ def _pixel(model: mujoco.MjModel, data: mujoco.MjData, geom: str, image: int) ->
     return image * place - 0.5
 
 
+def _read_state(model: mujoco.MjModel, data: mujoco.MjData, info: TaskInfo) -> np.ndarray:
+    "The simulator's state; see `Env.state`."
+    place = model.geom(info.target).pos[:2] if info.target else []
+    return np.concatenate([data.qpos, data.qvel, place])
+
+
 def _write_state(model: mujoco.MjModel, data: mujoco.MjData, info: TaskInfo, state: np.ndarray) -> None:
     "Put the simulator into a state. `UserError` if it is none of this task."
     n_positions = model.nq
@@ -142,6 +155,20 @@ def _write_state(model: mujoco.MjModel, data: mujoco.MjData, info: TaskInfo, sta
     data.qpos = state[:n_positions]
     data.qvel = state[n_positions:n_moving]
     mujoco.mj_forward(model, data)
+
+# %% ../../nbs/26_envs.ipynb #4730a197
+def _repeated(env: control.Environment, action: np.ndarray, repeat: int) -> tuple[float, float, bool]:
+    """The same action in `repeat` control steps, fewer if the task ends.
+
+    Returns the sum of their rewards, the last one's discount, and whether the task ended.
+    """
+    reward = 0.0
+    for _ in range(repeat):
+        step = env.step(action)
+        reward += step.reward
+        if step.last():
+            break
+    return reward, float(step.discount), step.last()
 
 # %% ../../nbs/26_envs.ipynb #a5e62d1d
 class Env:
@@ -163,10 +190,7 @@ class Env:
         self.over = True
 
     def reset(self, seed: int | None = None) -> np.ndarray | None:
-        """Begin an episode and return its first frame (h, w, 3) uint8.
-
-        seed: None goes on with the random numbers of the last episode.
-        """
+        "Begin an episode: its first frame (h, w, 3) uint8. Without a seed the last random numbers go on."
         if seed is not None:
             self.env.task._random = np.random.RandomState(seed)
         self.env.reset()
@@ -182,29 +206,18 @@ class Env:
         action = check_actions(action, (self.info.action_dim,))
         if self.over:
             raise UserError("the episode is over or has not begun; call reset() before step()")
-        reward = 0.0
-        for _ in range(self.repeat):
-            step = self.env.step(action)
-            reward += step.reward
-            if step.last():
-                break
+        reward, goes_on, ended = _repeated(self.env, action, self.repeat)
         self.decisions += 1
-        self.over = step.last() or self.decisions >= self.limit
-        return self.render(), reward, float(step.discount), self.over
+        self.over = ended or self.decisions >= self.limit
+        return self.render(), reward, goes_on, self.over
 
     def render(self) -> np.ndarray | None:
         "The frame of the present state (h, w, 3) uint8; None if the environment was made with `image=None`."
-        if self.image is None:
-            return None
-        renderer = _renderer(self.task, self.image)
-        renderer.update_scene(self.data, camera=0)
-        return renderer.render()
+        return None if self.image is None else _frame(self.task, self.image, self.data)
 
     def state(self) -> np.ndarray:
         "Positions, velocities and, where an episode places its target, its x and y: (S,) float64."
-        target = self.info.target
-        place = self.model.geom(target).pos[:2] if target else []
-        return np.concatenate([self.data.qpos, self.data.qvel, place])
+        return _read_state(self.model, self.data, self.info)
 
     def set_state(self, state: np.ndarray) -> None:
         "Put the simulator into a state that `state()` gave. `UserError` for another shape, and for NaN."
@@ -411,10 +424,9 @@ class VectorEnv:
     frame again, reward 0, continue 1, last True. The continue 0 of a true end comes once, with the step that
     ended the episode.
 
-    task: a name of `TASKS`.
     seeds: one for each environment.
     workers: processes.
-    image, repeat, time_limit_decisions: as in `make_env`.
+    task, image, repeat, time_limit_decisions: as in `make_env`.
     """
     def __init__(self, task: str, seeds: Sequence[int], workers: int = 2, image: int = 64,
                  repeat: int | None = None, time_limit_decisions: int | None = None):

@@ -89,7 +89,7 @@ def _as_latents(episode: Episode, latents: Tensor, state_dim: int) -> Episode:
     states = np.pad(episode.states, ((0, 0), (0, missing)))
     return replace(episode, frames=None, latents=latents.numpy(), states=states)
 
-
+# %% ../../nbs/30_latents.ipynb #79c38c54
 def encode_latents(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: str | Path, batch: int = 8,
                    overwrite: bool = False, progress: bool = True, **attributes) -> EpisodeStore:
     """The same episodes as latents (N, n, d) float16, with the `mean` and `std` (n, d) of their values.

@@ -4,13 +4,15 @@
 
 # %% auto #0
 __all__ = ['led_to', 'window_index', 'shuffled_epoch', 'draw_by_chance', 'Sampler', 'even_chances', 'equal_shares',
-           'weighted_chances', 'focus_chances', 'solved_windows', 'hold_observation', 'read_rows', 'used_shares',
-           'Windows']
+           'weighted_chances', 'focus_chances', 'WindowIndex', 'index_windows', 'active_windows', 'window_chances',
+           'hold_observation', 'read_rows', 'WindowColumns', 'window_masks', 'read_batch', 'used_shares', 'shares_line',
+           'hidden_rows', 'Windows']
 
 # %% ../../nbs/31_windows.ipynb #daa6c835
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -85,7 +87,8 @@ class Sampler:
         self.seed = seed
         self.equally_likely = bool((chances == chances[0]).all())
         self.cdf = np.cumsum(chances)
-        self.steps = max(1, len(chances) // batch)  # batches in an epoch
+        self.probabilities = np.diff(self.cdf, prepend=0) / self.cdf[-1]  # (W,) of being a given row
+        self.steps = max(1, len(chances) // batch)                        # full batches in an epoch
         self._last: tuple[int, np.ndarray] | None = None  # an epoch and its order
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -134,7 +137,7 @@ def equal_shares(chances: np.ndarray, window_tasks: np.ndarray) -> np.ndarray:
     total = np.bincount(window_tasks, chances)
     return chances * (total.max() / total[window_tasks])
 
-
+# %% ../../nbs/31_windows.ipynb #56902c6c
 def weighted_chances(episode_index: np.ndarray, weights: np.ndarray, n_episodes: int) -> np.ndarray:
     """The chances of windows (W,) that `weights` (E,) of the episodes give.
 
@@ -172,28 +175,59 @@ def focus_chances(chances: np.ndarray, active: np.ndarray, window_tasks: np.ndar
     return chances + focus * (focused - chances)
 
 # %% ../../nbs/31_windows.ipynb #052b46ab
-def _check_settings(length: int, batch: int, readers: int, focus: float, unlabelled: float) -> None:
-    "`UserError` for sizes below 1 and shares outside [0, 1]."
-    if min(length, batch, readers) < 1:
-        raise UserError(f"length={length}, batch={batch}, readers={readers}; expected at least 1")
-    for name, share in {"focus": focus, "unlabelled": unlabelled}.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share}; expected a share in [0, 1]")
+@dataclass(frozen=True, eq=False)
+class WindowIndex:
+    "Where each of W windows in E episodes lies."
+    length: int                # frames of a window
+    episode_index: np.ndarray  # (W,) the window's episode
+    first_frame: np.ndarray    # (W,) where the window begins there
+    starts: np.ndarray         # (W,) where it begins in the whole store, in rows
+    real: np.ndarray           # (E,) frames of an episode's windows before the padding
+    padded: bool               # whether any window is
 
 
-def solved_windows(tasks: list[str], window_tasks: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """Whether each window's task is solved (W,) bool.
+def index_windows(store: EpisodeStore, length: int, pad: bool) -> WindowIndex:
+    "All windows of a store; see `window_index`. `UserError` if there is none."
+    lengths = store.lengths
+    episode_index, first_frame = window_index(lengths, length, pad)
+    if not len(episode_index):
+        raise UserError(f"no episode of {store.path} has {length} frames (the longest has "
+                        f"{max(lengths, default=0)}); use a shorter window, or pad=True")
+    starts = store.starts[episode_index] + first_frame
+    real = np.minimum(lengths, length)
+    padded = bool((real[episode_index] < length).any())
+    return WindowIndex(length, episode_index, first_frame, starts, real, padded)
 
-    window_tasks: (W,) number of each window's task, in `tasks`.
-    rewards: (W,) one of each window.
-    """
-    out = np.zeros(len(rewards), bool)
+# %% ../../nbs/31_windows.ipynb #804f4615
+def active_windows(store: EpisodeStore, index: WindowIndex) -> np.ndarray:
+    "Whether each window's task is not yet solved in its middle frame (W,) bool."
+    window_tasks = store.task_ids[index.episode_index]
+    middle = index.starts + index.real[index.episode_index] // 2
+    rewards = store.arrays.column("rewards")[middle]
+    active = np.ones(len(rewards), bool)
     for task in np.unique(window_tasks):
         own = window_tasks == task
-        out[own] = solved(tasks[task], rewards[own])
-    return out
+        active[own] = ~solved(store.tasks[task], rewards[own])
+    return active
 
 
+def window_chances(store: EpisodeStore, index: WindowIndex, active: np.ndarray,
+                   weights: Sequence[float] | np.ndarray | None, focus: float) -> np.ndarray:
+    """How likely each window is (W,), relative to the others.
+
+    active: (W,) bool, the windows that `focus` is on.
+    weights: (E,) of the episodes; None: each task has the same share of the rows.
+    focus: share of each task's rows that is drawn among its active windows.
+    """
+    window_tasks = store.task_ids[index.episode_index]
+    if weights is None:
+        chances = even_chances(index.episode_index, store.lengths, store.task_ids, index.length)
+        chances = equal_shares(chances, window_tasks)
+    else:
+        chances = weighted_chances(index.episode_index, weights, store.n_episodes)
+    return focus_chances(chances, active, window_tasks, focus)
+
+# %% ../../nbs/31_windows.ipynb #2761f636
 def hold_observation(store: EpisodeStore, memory: int) -> tuple[np.ndarray, np.ndarray] | None:
     """Frames or latents in memory, and the first row there of each episode (E,); None if they do not fit.
 
@@ -220,123 +254,27 @@ def read_rows(arrays: StoreArrays | JoinedArrays, name: str, starts: np.ndarray,
     with ThreadPoolExecutor(readers) as pool:
         return list(pool.map(arrays.read, [name] * len(starts), starts, starts + lengths))
 
+# %% ../../nbs/31_windows.ipynb #cded8024
+class WindowColumns:
+    """The columns of a store, window by window.
 
-def used_shares(store: EpisodeStore, used: np.ndarray) -> dict[str, float]:
-    """How much of a store some episodes are.
-
-    used: (E,) bool, which ones.
-    Returns the shares of its `episodes`, of its `frames`, and of its `reward`, the sum of |reward|
-    (1 if that is 0).
-    """
-    first_rows = np.cumsum(store.lengths) - store.lengths
-    rewards = np.abs(store.column("rewards").astype(np.float64))
-    reward = np.add.reduceat(rewards, first_rows)  # (E,)
-
-    def share(amount: np.ndarray) -> float:
-        return float(amount[used].sum() / amount.sum()) if amount.any() else 1.0
-
-    return {"episodes": float(used.mean()), "frames": share(store.lengths), "reward": share(reward)}
-
-# %% ../../nbs/31_windows.ipynb #993041ce
-class Windows:
-    """Batches of windows of `length` frames; a window never crosses the border of an episode.
-
-    `windows(step)` depends on nothing but `step` and `seed`: ranks and threads share the steps among them,
-    and going on at step k needs no saved state. A `Sampler` says which windows a batch has.
-
-    store: of frames or latents.
-    length: frames of a window.
-    batch: windows in a batch.
-    weights: (E,) relative chance of each episode's windows; None: each task has the same share of the rows.
-    focus: of each task, this share of the rows is drawn among windows whose middle frame is not yet `solved`
-        (before the catch), the rest among all; no effect where no window or every one is such.
-    unlabelled: share of rows whose actions are hidden (`action_known` false).
     memory: bytes up to which frames or latents are held in memory; above, they are read from the store.
     readers: windows that are read at the same time, each only its own chunks.
-    pad: an episode shorter than `length` has one window, in which its last frame is repeated; there no
-        action is known, rewards are 0, continues 1 and `valid` false. Without weights such a window comes so
-        often that frames of short episodes are as frequent as those of the long ones of the same task.
-        Without `pad` these episodes are left out: `coverage` says how much that is.
-    `UserError` if no episode is long enough.
     """
-    def __init__(self, store: EpisodeStore, length: int, batch: int, seed: int = 0,
-                 weights: Sequence[float] | np.ndarray | None = None, focus: float = 0.0,
-                 unlabelled: float = 0.0, memory: int = 2 << 30, readers: int = 8, pad: bool = False):
-        _check_settings(length, batch, readers, focus, unlabelled)
+    def __init__(self, store: EpisodeStore, index: WindowIndex, memory: int, readers: int):
         self.store = store
-        self.length = length
-        self.batch = batch
-        self.seed = seed
-        self.unlabelled = unlabelled
+        self.index = index
         self.readers = readers
-        self.relevant = False  # whether the rows are worth cloning; a `Mixture` says so
-
-        lengths = store.lengths
-        self.episode_index, self.first_frame = window_index(lengths, length, pad)  # (W,), (W,)
-        if not len(self.episode_index):
-            raise UserError(f"no episode of {store.path} has {length} frames (the longest has "
-                            f"{max(lengths, default=0)}); use a shorter window, or pad=True")
-        self.real = np.minimum(lengths, length)                            # (E,) frames before the padding
-        self.padded = bool((self.real[self.episode_index] < length).any())
-        self.starts = store.starts[self.episode_index] + self.first_frame  # (W,) rows of the whole store
         self.state_dim = store.state_dim
         self.held = hold_observation(store, memory)
 
-        window_tasks = store.task_ids[self.episode_index]
-        middle = self.starts + self.real[self.episode_index] // 2
-        rewards = store.arrays.column("rewards")[middle]
-        self.active = ~solved_windows(store.tasks, window_tasks, rewards)  # (W,)
-
-        if weights is None:
-            chances = even_chances(self.episode_index, lengths, store.task_ids, length)
-            chances = equal_shares(chances, window_tasks)
-        else:
-            chances = weighted_chances(self.episode_index, weights, len(lengths))
-        chances = focus_chances(chances, self.active, window_tasks, focus)
-        self.sampler = Sampler(chances, batch, seed)
-
-    def with_rows(self, batch: int, seed: int, relevant: bool) -> "Windows":
-        "The same windows and memory, drawn `batch` at a time by another seed."
-        other = copy(self)
-        other.batch = batch
-        other.seed = seed
-        other.relevant = relevant
-        other.sampler = Sampler(self.sampler.chances, batch, seed)
-        return other
-
-    @property
-    def tasks(self) -> list[str]:
-        "The names of the tasks, by their numbers in a batch."
-        return self.store.tasks
-
-    @property
-    def n_windows(self) -> int:
-        "How many windows there are."
-        return len(self.starts)
-
-    @property
-    def steps(self) -> int:
-        "Batches in an epoch: as many as are full, at least one."
-        return self.sampler.steps
-
-    @property
-    def probabilities(self) -> np.ndarray:
-        "(W,) of each window to be a given row."
-        cdf = self.sampler.cdf
-        return np.diff(cdf, prepend=0) / cdf[-1]
-
-    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        "Numbers of the windows of this step (b,), and which of them hide their actions (b,) bool."
-        own_stream = step_generator(self.seed, step, 1)
-        hidden = torch.rand(self.batch, generator=own_stream) < self.unlabelled
-        return self.sampler.draw(step), hidden.numpy()
-
-    def _column(self, name: str, numbers: np.ndarray) -> Tensor:
+    def read(self, name: str, numbers: np.ndarray) -> Tensor:
         "A column (b, t, ...) of windows; beyond an episode's end its last row again."
-        episodes = self.episode_index[numbers]
-        real = self.real[episodes]
-        rows = np.minimum(np.arange(self.length), real[:, None] - 1)  # (b, t) of the window
-        starts = self.starts[numbers]
+        index = self.index
+        episodes = index.episode_index[numbers]
+        real = index.real[episodes]
+        rows = np.minimum(np.arange(index.length), real[:, None] - 1)  # (b, t) of the window
+        starts = index.starts[numbers]
         arrays = self.store.arrays
 
         is_observation = name == self.store.observation
@@ -347,79 +285,176 @@ class Windows:
 
         if is_observation:
             column, first_rows = self.held
-            starts = first_rows[episodes] + self.first_frame[numbers]
+            starts = first_rows[episodes] + index.first_frame[numbers]
         else:
             column = arrays.column(name)
         return torch.from_numpy(column[starts[:, None] + rows])
 
-    def _masks(self, numbers: np.ndarray, hide: np.ndarray | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        "`action_known` (b, t), whether a row has labels (b,), and `valid` (b, t)."
-        episodes = self.episode_index[numbers]
-        labelled = self.store.labelled[episodes]
-        if hide is not None:
-            labelled = labelled & ~hide
-        labelled = torch.from_numpy(labelled)
+# %% ../../nbs/31_windows.ipynb #33cf1dc4
+def window_masks(index: WindowIndex, numbers: np.ndarray, labelled: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`action_known` (b, t), and `valid` (b, t), which is None where no window at all is padded.
 
-        known = labelled[:, None].repeat(1, self.length)
-        begins = torch.from_numpy(self.first_frame[numbers] == 0)
-        known[begins, 0] = False  # nothing led to an episode's first frame
-        if not self.padded:
-            return known, labelled, None
+    labelled: (b,) bool, windows whose actions are known.
+    """
+    known = labelled[:, None].repeat(1, index.length)
+    begins = torch.from_numpy(index.first_frame[numbers] == 0)
+    known[begins, 0] = False  # nothing led to an episode's first frame
+    if not index.padded:
+        return known, None
 
-        real = torch.from_numpy(self.real[episodes])
-        valid = torch.arange(self.length) < real[:, None]
-        return known & valid, labelled, valid
+    real = torch.from_numpy(index.real[index.episode_index[numbers]])
+    valid = torch.arange(index.length) < real[:, None]
+    return known & valid, valid
+
+
+def read_batch(columns: WindowColumns, numbers: np.ndarray, hide: np.ndarray | None, relevant: bool) -> Batch:
+    """The windows with some numbers (b,).
+
+    hide: (b,) bool, rows whose actions are hidden.
+    relevant: whether the rows are worth cloning; those without labels never are.
+    """
+    store = columns.store
+    episodes = columns.index.episode_index[numbers]
+    labelled = store.labelled[episodes]
+    if hide is not None:
+        labelled = labelled & ~hide
+    labelled = torch.from_numpy(labelled)
+    known, valid = window_masks(columns.index, numbers, labelled)
+
+    def padded(name: str, value: float) -> Tensor:
+        column = columns.read(name, numbers)
+        if valid is None:
+            return column
+        mask = valid if column.ndim == 2 else valid[..., None]
+        return torch.where(mask, column, value)
+
+    observation = columns.read(store.observation, numbers)
+    is_frames = store.observation == "frames"
+    states = columns.read("states", numbers)[..., :columns.state_dim] if columns.state_dim else None
+    return Batch(frames=to_float(observation) if is_frames else None,
+                 latents=None if is_frames else observation.float(),
+                 actions=columns.read("actions", numbers) * known[..., None],
+                 action_known=known,
+                 intended=padded("intended", 0),
+                 rewards=padded("rewards", 0),
+                 continues=padded("continues", 1),
+                 task=torch.from_numpy(store.task_ids[episodes]).long(),
+                 relevant=labelled & relevant,
+                 states=states,
+                 valid=valid)
+
+# %% ../../nbs/31_windows.ipynb #11a4ff69
+def used_shares(store: EpisodeStore, episode_index: np.ndarray) -> dict[str, float]:
+    """How much of a store lies in the episodes of some windows.
+
+    episode_index: (W,) of each window.
+    Returns the shares of its `episodes`, of its `frames`, and of its `reward`, the sum of |reward|
+    (1 if that is 0).
+    """
+    used = np.bincount(episode_index, minlength=store.n_episodes) > 0  # (E,)
+    first_rows = np.cumsum(store.lengths) - store.lengths
+    rewards = np.abs(store.column("rewards").astype(np.float64))
+    reward = np.add.reduceat(rewards, first_rows)  # (E,)
+
+    def share(amount: np.ndarray) -> float:
+        return float(amount[used].sum() / amount.sum()) if amount.any() else 1.0
+
+    return {"episodes": float(used.mean()), "frames": share(store.lengths), "reward": share(reward)}
+
+
+def shares_line(length: int, n_episodes: int, shares: dict[str, float]) -> str:
+    """One line about `used_shares`; a share is 100% only if nothing is left out.
+
+    length: frames of a window.
+    n_episodes: of the store.
+    """
+    percents = {}
+    for name, share in shares.items():
+        percents[name] = 100 if share == 1 else min(round(100 * share), 99)
+    return (f"windows of {length} frames use {percents['episodes']}% of {n_episodes} "
+            f"episodes, {percents['frames']}% of frames, {percents['reward']}% of reward")
+
+# %% ../../nbs/31_windows.ipynb #993041ce
+def _check_settings(length: int, batch: int, readers: int, focus: float, unlabelled: float) -> None:
+    "`UserError` for sizes below 1 and shares outside [0, 1]."
+    if min(length, batch, readers) < 1:
+        raise UserError(f"length={length}, batch={batch}, readers={readers}; expected at least 1")
+    for name, share in {"focus": focus, "unlabelled": unlabelled}.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{name}={share}; expected a share in [0, 1]")
+
+
+def hidden_rows(seed: int, step: int, batch: int, share: float) -> np.ndarray:
+    "Which rows of a step hide their actions (b,) bool: a `share` of them, at random."
+    own_stream = step_generator(seed, step, 1)
+    return (torch.rand(batch, generator=own_stream) < share).numpy()
+
+# %% ../../nbs/31_windows.ipynb #c6b69c50
+class Windows:
+    """Batches of windows of `length` frames; a window never crosses the border of an episode.
+
+    `windows(step)` depends on nothing but `step` and `seed`: ranks and threads share the steps among them,
+    and going on at step k needs no saved state. A `Sampler` says which windows a batch has.
+
+    weights: (E,) relative chance of each episode's windows; None: each task has the same share of the rows.
+    focus: share of each task's rows that is drawn among windows whose middle frame is not yet `solved`.
+    unlabelled: share of rows whose actions are hidden (`action_known` false).
+    memory, readers: see `WindowColumns`.
+    pad: a shorter episode has one window, which repeats its last frame (see `window_masks` and, for how often
+        it comes, `even_chances`). Without it such episodes are left out; `coverage` says how many.
+    `UserError` if no episode is long enough.
+    """
+    def __init__(self, store: EpisodeStore, length: int, batch: int, seed: int = 0,
+                 weights: Sequence[float] | np.ndarray | None = None, focus: float = 0.0,
+                 unlabelled: float = 0.0, memory: int = 2 << 30, readers: int = 8, pad: bool = False):
+        _check_settings(length, batch, readers, focus, unlabelled)
+        self.store = store
+        self.tasks = store.tasks  # by their numbers in a batch
+        self.length = length
+        self.batch = batch
+        self.seed = seed
+        self.unlabelled = unlabelled
+        self.relevant = False  # whether the rows are worth cloning; a `Mixture` says so
+
+        index = index_windows(store, length, pad)
+        self.episode_index = index.episode_index
+        self.first_frame = index.first_frame
+        self.starts = index.starts
+        self.real = index.real
+        self.n_windows = len(index.starts)
+        self.columns = WindowColumns(store, index, memory, readers)
+
+        self.active = active_windows(store, index)
+        chances = window_chances(store, index, self.active, weights, focus)
+        self.sampler = Sampler(chances, batch, seed)
+        self.steps = self.sampler.steps                  # batches in an epoch
+        self.probabilities = self.sampler.probabilities  # (W,) of each window to be a given row
+
+    def with_rows(self, batch: int, seed: int, relevant: bool) -> "Windows":
+        "The same windows and memory, drawn `batch` at a time by another seed."
+        other = copy(self)
+        other.batch = batch
+        other.seed = seed
+        other.relevant = relevant
+        other.sampler = Sampler(self.sampler.chances, batch, seed)
+        other.steps = other.sampler.steps
+        return other
+
+    def draw(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        "Numbers of the windows of this step (b,), and which of them hide their actions (b,) bool."
+        return self.sampler.draw(step), hidden_rows(self.seed, step, self.batch, self.unlabelled)
 
     def at(self, numbers: int | Sequence[int] | np.ndarray, hide: np.ndarray | None = None) -> Batch:
-        """The windows with these numbers, 0 .. n_windows - 1.
-
-        Window k is frames first_frame[k] .. first_frame[k] + length - 1 of episode episode_index[k].
-        `valid` is None where no window at all is padded.
-
-        hide: (b,) bool, rows whose actions are hidden.
-        """
-        numbers = np.atleast_1d(numbers)
-        store = self.store
-        known, labelled, valid = self._masks(numbers, hide)
-
-        def padded(name: str, value: float) -> Tensor:
-            column = self._column(name, numbers)
-            if valid is None:
-                return column
-            mask = valid if column.ndim == 2 else valid[..., None]
-            return torch.where(mask, column, value)
-
-        observation = self._column(store.observation, numbers)
-        is_frames = store.observation == "frames"
-        tasks = store.task_ids[self.episode_index[numbers]]
-        states = None
-        if self.state_dim:
-            states = self._column("states", numbers)[..., :self.state_dim]
-
-        return Batch(frames=to_float(observation) if is_frames else None,
-                     latents=None if is_frames else observation.float(),
-                     actions=self._column("actions", numbers) * known[..., None],
-                     action_known=known,
-                     intended=padded("intended", 0),
-                     rewards=padded("rewards", 0),
-                     continues=padded("continues", 1),
-                     task=torch.from_numpy(tasks).long(),
-                     relevant=labelled & self.relevant,
-                     states=states,
-                     valid=valid)
+        "The windows with these numbers, 0 .. n_windows - 1; see `WindowIndex` and `read_batch`."
+        return read_batch(self.columns, np.atleast_1d(numbers), hide, self.relevant)
 
     def __call__(self, step: int) -> Batch:
         return self.at(*self.draw(step))
 
     def coverage(self) -> dict[str, float]:
         "How much of the store lies in some window; see `used_shares`."
-        used = np.bincount(self.episode_index, minlength=len(self.real)) > 0
-        return used_shares(self.store, used)
+        return used_shares(self.store, self.episode_index)
 
     def describe(self) -> str:
-        "What of the store is used, in one line; a share is 100% only if nothing is left out."
-        percents = {}
-        for name, share in self.coverage().items():
-            percents[name] = 100 if share == 1 else min(round(100 * share), 99)
-        return (f"windows of {self.length} frames use {percents['episodes']}% of {self.store.n_episodes} "
-                f"episodes, {percents['frames']}% of frames, {percents['reward']}% of reward")
+        "What of the store is used, in one line."
+        return shares_line(self.length, self.store.n_episodes, self.coverage())
