@@ -18,16 +18,14 @@ def test_lines_of_a_module_have_110_characters_at_most(path):
     assert [line for line in source.splitlines()[1:] if len(line) > 110] == []
 
 
-def is_class(source: str) -> bool:
-    "Whether a cell is one class, whose methods are short by themselves."
-    definitions = [node for node in ast.parse(source).body if not isinstance(node, ast.Assign)]
-    return len(definitions) == 1 and isinstance(definitions[0], ast.ClassDef)
+# They keep many short accessors together, which the other rooms read.
+TALL = {"EpisodeStore", "Windows"}
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_an_exported_cell_fits_on_a_screen_or_is_one_class(path):
+def test_an_exported_cell_has_60_lines_at_most(path):
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    exported = [source for source in sources if re.match(r"#\|\s*export\b", source)]
-    long = [source for source in exported if source.count("\n") > 75 and not is_class(source)]
-    assert [source.splitlines()[1] for source in long] == []
+    long = [source for source in sources if re.match(r"#\|\s*export\b", source) and source.count("\n") > 60]
+    names = {getattr(node, "name", "") for source in long for node in ast.parse(source).body}
+    assert names <= TALL
