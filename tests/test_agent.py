@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 from helpers.models import output_layers, spread_weights
 
-from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, Gaussian, Policy,
+from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, BinaryHead, Categorical, Gaussian, Policy,
                                       agent_loss, multi_step_targets, masked_mean, only_live, symexp, symlog, two_hot)
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
@@ -401,3 +402,19 @@ def test_a_checkpoint_with_former_names_of_weights_is_read(tmp_path):
         torch.testing.assert_close(now.state_dict()[key], value, atol=0, rtol=0)
     save_checkpoint(tmp_path / "agent.train.safetensors", {f"optimiser.{key}": value for key, value in former.items()}, {})
     assert load_checkpoint(tmp_path / "agent.train.safetensors")[0].keys() == {f"optimiser.{key}" for key in state}
+
+
+def test_a_new_head_is_one_entry_of_the_table():
+    "It gets a loss of its own name, on the column that it names, and gradients reach it and the world."
+    modules, batch = make_modules(), make_batch()
+    heads = modules["heads"]
+    before, _ = agent_loss(modules, batch, torch.Generator().manual_seed(0))
+    heads.predicted["ends"] = BinaryHead(AGENT, AGENT.mtp + 1, target="continues")
+    after, _ = agent_loss(modules, batch, torch.Generator().manual_seed(0))
+    assert after.keys() - before.keys() == {"ends"}
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert after["ends"].item() == pytest.approx(math.log(2), rel=1e-5)        # a new head says one half
+    nn.init.normal_(heads.predicted["ends"].net[-1].weight)
+    after, _ = agent_loss(modules, batch, torch.Generator().manual_seed(0))
+    moved = torch.autograd.grad(after["ends"], [heads.predicted["ends"].net[0].weight, modules["dynamics"].embed_latent.weight])
+    assert all(gradient.abs().max() > 0 for gradient in moved)
