@@ -77,11 +77,19 @@ def test_what_a_step_draws_does_not_depend_on_the_steps_before(tmp_path):
                 assert np.array_equal(mine, other)
 
 
-def test_rows_of_unequal_chances_are_independent(tmp_path):
-    "The number of rows of an episode in a batch has the variance of independent draws."
-    windows = Windows(make(tmp_path / "a.zarr", "a", [20, 20]), 6, 10, weights=[1, 3])
+def test_in_an_epoch_each_window_comes_as_often_as_its_chance_says(tmp_path):
+    "Rounded up or down, whatever makes the chances unequal; and the rows of a batch are spread over the epoch."
+    store = make(tmp_path / "a.zarr", "a", [20, 20, 4])
+    for options in ({"weights": [1, 3, 2]}, {"focus": 0.6}, {"pad": True}):
+        windows = Windows(store, 6, 5, **options)
+        expected = windows.probabilities * windows.steps * 5
+        for epoch in (0, 1, 7):
+            steps = range(epoch * windows.steps, (epoch + 1) * windows.steps)
+            seen = np.bincount(np.concatenate([windows.draw(step)[0] for step in steps]), minlength=windows.n_windows)
+            assert (np.floor(expected - 1e-9) <= seen).all() and (seen <= np.ceil(expected + 1e-9)).all()
+    windows = Windows(store, 6, 10, weights=[1, 3, 0])
     rows = [(windows.episode_index[windows.draw(step)[0]] == 0).sum() for step in range(2000)]
-    assert abs(np.mean(rows) - 2.5) < 0.15 and abs(np.var(rows) - 10 * 0.25 * 0.75) < 0.25
+    assert abs(np.mean(rows) - 2.5) < 0.1 and 1 < np.var(rows) < 10 * 0.25 * 0.75
 
 
 def test_rare_windows_come_as_often_as_they_should(tmp_path):
@@ -152,7 +160,7 @@ def test_encode_gets_whole_episodes_as_bytes_and_no_more_than_fit(tmp_path, monk
 def test_windows_where_all_episodes_are_long_enough_are_as_they_were(tmp_path):
     "With nothing to pad, padding changes no bit of a batch. What a seed draws is pinned: runs are repeated by it."
     store = make(tmp_path / "a.zarr", "a", [12, 30, 9])
-    for weights, drawn in ((None, [[30, 17, 20, 1, 33], [31, 12, 21, 29, 11]]), ([3, 1, 2], [[0, 16, 22, 31, 15], [25, 0, 28, 16, 19]])):
+    for weights, drawn in ((None, [[11, 10, 0, 9, 12], [33, 32, 19, 26, 28]]), ([3, 1, 2], [[5, 5, 0, 4, 6], [34, 33, 15, 26, 29]])):
         plain, padding = (Windows(store, 6, 5, seed=3, weights=weights, pad=pad) for pad in (False, True))
         assert [plain.draw(step)[0].tolist() for step in range(2)] == drawn
         assert np.array_equal(plain.probabilities, padding.probabilities) and padding(7).valid is None
