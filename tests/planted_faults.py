@@ -106,7 +106,7 @@ KNOWN = [
     ("the parts of a mixture share one seed", "mixtures", r"\((w\.seed \* \w+) \+ k\)", r"(\1)"),
     ("the tokenizer's second part keeps the slowness of the first", "phases",
      r", part=part\)", ")"),
-    ("video_loss forgets the bound of the bootstrap", "dynamics", r"(\n\s+)c\.clip,", r"\1None,"),
+    ("video_loss forgets the bound of the bootstrap", "dynamics", r"c\.p_context,(\s+)c\.clip,", r"c.p_context,\1None,"),
     ("the first half step is told the whole step", "shortcut", r"f\((z_tau, i), j_half\)", r"f(\1, j)"),
     ("the second half step is told the first one's level", "shortcut",
      r"f\((z_mid), i \+ half, ", r"f(\1, i, "),

@@ -241,3 +241,16 @@ def test_table_and_report(tmp_path):
     assert "&lt;PMPO&gt;" in page and "<PMPO>" not in page
     assert "a caption" in page and "data:image/png;base64,cG5n" in page and "1.5" in page
     assert "http" not in page and 'src="/' not in page
+
+
+def test_records_of_an_earlier_version_are_read(tmp_path):
+    "They called what came of an episode any, held and first."
+    records = Records.of_rewards("old", "ball_in_cup-catch", range(3), np.eye(3, 8))
+    records.save(tmp_path / "new.json")
+    text = (tmp_path / "new.json").read_text()
+    for name, former in (("first_success", "first"), ("final_success", "held"), ("success", "any")):
+        text = text.replace(f'"{name}"', f'"{former}"')
+    (tmp_path / "old.json").write_text(text)
+    now, former = Records.load(tmp_path / "new.json"), Records.load(tmp_path / "old.json")
+    for name in ("seed", "success", "final_success", "returns", "first_success"):
+        assert np.array_equal(getattr(now, name), getattr(former, name))

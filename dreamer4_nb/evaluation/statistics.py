@@ -19,6 +19,8 @@ from ..data.tasks import solved
 
 # %% ../../nbs/12_statistics.ipynb #cell-7
 _COLUMNS = ("seed", "success", "final_success", "return", "first_success")
+# What an earlier version called them.
+_FORMER = {"success": "any", "final_success": "held", "first_success": "first"}
 
 
 def _read_records(path: str | Path) -> dict:
@@ -26,9 +28,11 @@ def _read_records(path: str | Path) -> dict:
     try:
         saved = json.loads(Path(path).read_text())
         fields = {name: saved[name] for name in ("policy", "task", "decisions", "info")}
+        rows = saved["episodes"]
         for name in _COLUMNS:
-            fields[name] = np.array([row[name] for row in saved["episodes"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            key = name if name in rows[0] else _FORMER[name]
+            fields[name] = np.array([row[key] for row in rows])
+    except (OSError, ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
         raise UserError(f"no whole records at {path} ({reason}); "
                         "make them with `dreamer4 evaluate`") from None
