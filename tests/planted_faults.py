@@ -622,7 +622,7 @@ def main() -> None:
         rows = [{k: v for k, v in asdict(fault).items() if k != "source"} for fault in faults]
         totals = {"faults": len(faults), "caught": len(faults) - len(survivors)}
         found = {"seed": options.seed, "totals": totals, "faults": rows}
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

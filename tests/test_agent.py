@@ -13,7 +13,8 @@ from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Binary
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.training.phases import train_agent
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import Batch, UserError, asset, load_checkpoint, save_checkpoint, to_dict
+from dreamer4_nb.core import Batch, UserError, asset, load_checkpoint, save_checkpoint
+from dreamer4_nb.inputs import to_dict
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig

@@ -19,7 +19,8 @@ from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.runs.chain import Run, TaskView, by_task
 from dreamer4_nb.runs.folder import ORDER
 from dreamer4_nb.runs.judge import closed_loop, finish, measured, policies
-from dreamer4_nb.core import FORMER_NAMES, UserError, from_dict, load_checkpoint, save_checkpoint, write_json
+from dreamer4_nb.core import UserError, load_checkpoint, save_checkpoint, write_json
+from dreamer4_nb.inputs import FORMER_NAMES, from_dict
 from dreamer4_nb.method.dynamics import DynamicsConfig
 from dreamer4_nb.method.imagination import ImaginationConfig
 from dreamer4_nb.runs.presets import (AgentPhase, DynamicsPhase, EvaluationPhase, ImaginationPhase, Preset,
@@ -153,7 +154,7 @@ def test_what_is_there_is_loaded_and_not_made_again(made, preset, monkeypatch):
     parts = lambda run: (run.tokenizer, run.dynamics, *run.agent, run.imagination)
     pairs = list(zip(parts(again), parts(made.run)))
     assert all(same_weights(*pair) for pair in pairs) and not same_weights(again.imagination, again.agent[1])
-    noted = json.loads((made.run.folder / "phases.json").read_text())
+    noted = json.loads((made.run.folder / "phases.json").read_text(encoding="utf-8"))
     assert all(entry["seconds"] > 0 for entry in noted.values())
 
 
@@ -229,7 +230,7 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
     assert of_dream[0].tokenizer is run.tokenizer and of_dream[0].dynamics is run.dynamics      # of phase 1
     assert [list(store.index) for store in of_dream[1:3]] == [held, held]
     assert sizes["windows"] == 2 and sizes["length"] == LENGTH and found["dreams"] == 2
-    assert measured(made.view) == json.loads(path.read_text()) and len(calls) == 2
+    assert measured(made.view) == json.loads(path.read_text(encoding="utf-8")) and len(calls) == 2
     more, = by_task(Run(run.folder, with_setting(run.asked, "evaluation.dreams", 1)))
     assert measured(more)["dreams"] == 1 and len(calls) == 4
     os.utime(path, (1, 1))
@@ -249,8 +250,8 @@ def test_the_dream_in_use_is_that_of_the_world_after_phase_2(made, monkeypatch):
     assert measured(view, in_use=True) == found == measured(view) and len(calls) == 2
     monkeypatch.setattr(judge, "figures", lambda view, dream: {})
     page, = finish(run)
-    assert json.loads((run.folder / "results.json").read_text())["dream_in_use"] == found["dream_in_use"]
-    assert "after phase 2" in page.read_text()
+    assert json.loads((run.folder / "results.json").read_text(encoding="utf-8"))["dream_in_use"] == found["dream_in_use"]
+    assert "after phase 2" in page.read_text(encoding="utf-8")
 
 
 def test_seeds_of_the_data_are_refused_before_anything_is_trained(preset, tmp_path, monkeypatch):
@@ -265,17 +266,17 @@ def test_seeds_of_the_data_are_refused_before_anything_is_trained(preset, tmp_pa
 def test_a_run_of_an_older_package_goes_on(made, monkeypatch):
     "Settings that it did not know have had their defaults."
     path = made.run.folder / "phases.json"
-    kept = path.read_text()
+    kept = path.read_text(encoding="utf-8")
     phases = json.loads(kept)
     for entry in phases.values():
         for phase, setting in (("agent", "reward_range"), ("agent", "action_dims"), ("tokenizer", "latent_std_weight")):
             entry["made_with"].get(phase, {}).get("model", {}).pop(setting, None)
-    path.write_text(json.dumps(phases))
+    path.write_text(json.dumps(phases), encoding="utf-8")
     try:
         monkeypatch.setattr(chain, "train_agent", None)          # is not called
         assert same_weights(Run(made.run.folder, made.run.asked).agent[1], made.run.agent[1])
     finally:
-        path.write_text(kept)
+        path.write_text(kept, encoding="utf-8")
 
 
 def former(settings, names={new: old for old, new in FORMER_NAMES.items()}):
@@ -290,7 +291,7 @@ def test_a_run_of_a_former_version_goes_on(made, preset, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     shutil.copytree(made.run.folder, folder)
     for name in ("phases.json", "config.json"):
-        text = (folder / name).read_text()
+        text = (folder / name).read_text(encoding="utf-8")
         settings = former(json.loads(text))
         assert json.dumps(settings) != json.dumps(json.loads(text))
         write_json(folder / name, settings)
@@ -299,7 +300,7 @@ def test_a_run_of_a_former_version_goes_on(made, preset, tmp_path, monkeypatch):
         save_checkpoint(path, state, former(header))
     for name in TRAIN:
         monkeypatch.setattr(chain, name, None)                   # is not called
-    asked = from_dict(Preset, json.loads((folder / "config.json").read_text()))
+    asked = from_dict(Preset, json.loads((folder / "config.json").read_text(encoding="utf-8")))
     run = Run(folder, asked)
     assert asked == preset and same_weights(run.train("imagination"), made.run.imagination)
     assert same_weights(run.tokenizer, made.run.tokenizer) and same_weights(run.agent[0], made.run.agent[0])
@@ -334,7 +335,7 @@ def test_a_training_of_a_former_version_goes_on(preset, tmp_path):
 def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
     monkeypatch.setattr(judge, "figures", lambda view, dream: {})
     page, = finish(made.run)
-    results = json.loads((made.run.folder / "results.json").read_text())
+    results = json.loads((made.run.folder / "results.json").read_text(encoding="utf-8"))
     assert page.exists() and results["task"] == TASK
     pairs = [(f"PMPO, {readout}", f"cloning, {readout}") for readout in ("sample", "mean")]
     compared = [(r["a"], r["b"], r["measure"]) for r in results["pmpo_minus_cloning"]]
@@ -478,4 +479,4 @@ def test_rows_take_the_place_of_those_they_repeat(tmp_path):
     keep_rows(path, old)
     new = [row | {"success": 0.9}, row | {"decisions": 6, "success": 0.3}]
     keep_rows(path, new)
-    assert json.loads(path.read_text())["rows"] == [old[1], *new]
+    assert json.loads(path.read_text(encoding="utf-8"))["rows"] == [old[1], *new]

@@ -111,13 +111,13 @@ def test_missing_data_and_missing_runs(tmp_path, capsys):
 
 
 def test_demo_makes_everything(finished):
-    results = json.loads((finished / "results.json").read_text())
+    results = json.loads((finished / "results.json").read_text(encoding="utf-8"))
     assert {"tokenizer", "latents", "dynamics", "agent", "imagination", "evaluation"} <= results["phases"].keys()
     policies = [row["policy"] for row in results["closed_loop"]]
     assert policies == ["random", "cloning, sample", "PMPO, sample", "demonstrator"]
     assert all(0 <= row["success"] <= 1 for row in results["closed_loop"])
     assert results["dream"]["mean"]["dream"]["psnr"] and results["tokenizer"]["mean_frame"]["psnr"]
-    page = (finished / "report.html").read_text()
+    page = (finished / "report.html").read_text(encoding="utf-8")
     for name in ("policy-0.webp", "dream-steps.png", "dream-rollouts.webp", "tokenizer-frames.png", "training-curves.png"):
         assert (finished / "figures" / name).exists(), name
     assert page.count("data:image/") >= 6 and "http" not in page and len(page) < 20e6
@@ -133,7 +133,7 @@ def test_demo_again_trains_nothing(finished, data):
 def test_evaluate(finished, capsys):
     assert main(["evaluate", "--run", str(finished), "--episodes", "3", "--decisions", "6", "--readouts", "mode", "--demonstrator", "0"]) == 0
     assert "PMPO, mode" in capsys.readouterr().out
-    kept = json.loads((finished / "episodes" / "50000-3x6" / "PMPO-mode.json").read_text())
+    kept = json.loads((finished / "episodes" / "50000-3x6" / "PMPO-mode.json").read_text(encoding="utf-8"))
     assert [row["seed"] for row in kept["episodes"]] == [50000, 50001, 50002]
 
 
@@ -165,7 +165,7 @@ def test_stop_and_go_on(data, tmp_path):
     log = tmp_path / "tokenizer.draft.log.jsonl"
     process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.runs.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while process.poll() is None and (not log.exists() or log.read_text().count("\n") < 3):
+    while process.poll() is None and (not log.exists() or log.read_text(encoding="utf-8").count("\n") < 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
@@ -173,7 +173,7 @@ def test_stop_and_go_on(data, tmp_path):
     assert "dreamer4 train tokenizer" in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "tokenizer.safetensors").exists()
     assert main(arguments) == 0
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == list(range(1, 61))
+    assert [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()] == list(range(1, 61))
 
 
 def test_shipping_a_run_keeps_its_weights_to_half_precision(finished, tmp_path):
@@ -183,7 +183,7 @@ def test_shipping_a_run_keeps_its_weights_to_half_precision(finished, tmp_path):
                        (load_agent(finished / "agent.safetensors")[0], load_agent(written[2])[0])):
         for a, b in zip(made.state_dict().values(), kept.state_dict().values()):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
-    assert json.loads(written[-1].read_text())["preset"]["tasks"] == ["ball_in_cup-catch"]
+    assert json.loads(written[-1].read_text(encoding="utf-8"))["preset"]["tasks"] == ["ball_in_cup-catch"]
 
 
 def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):
@@ -194,6 +194,6 @@ def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):
 
 def test_bench_writes_json_and_refuses_what_is_too_large(tmp_path, capsys):
     assert main(["bench", "--shape", "tiny", "--seconds", "0.01", "--threads", "1", "--json", str(tmp_path / "bench.json")]) == 0
-    assert {"tokenizer_train_fps", "frame_ms", "peak_gflops_fp32", "versions"} <= json.loads((tmp_path / "bench.json").read_text()).keys()
+    assert {"tokenizer_train_fps", "frame_ms", "peak_gflops_fp32", "versions"} <= json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")).keys()
     assert main(["bench", "--shape", "paper", "--device", "cpu"]) == 2
     one_line(capsys, "too many to time on a CPU")

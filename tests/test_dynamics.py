@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import UserError, save_checkpoint, to_dict
+from dreamer4_nb.core import UserError, save_checkpoint
+from dreamer4_nb.inputs import to_dict
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.blocks import empty_cache
 from dreamer4_nb.method.checkpoints import load_dynamics

@@ -104,7 +104,7 @@ def test_records_survive_the_disk(tmp_path):
     r.save(tmp_path / "r.json")
     again = Records.load(tmp_path / "r.json")
     assert again.summary() == r.summary() and (again.seed == r.seed).all() and (again.first_success == r.first_success).all()
-    (tmp_path / "cut.json").write_text((tmp_path / "r.json").read_text()[:-40])
+    (tmp_path / "cut.json").write_text((tmp_path / "r.json").read_text(encoding="utf-8")[:-40])
     for name in ("cut.json", "none.json"):
         with pytest.raises(UserError, match="no whole records"):
             Records.load(tmp_path / name)
@@ -236,8 +236,8 @@ def test_table_and_report(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "tokenizer-frames.png").write_bytes(b"png")
     (tmp_path / "results.json").write_text(json.dumps({"task": "corridor", "closed_loop": rows, "phases": {"tokenizer": {"seconds": 90}},
-                                                       "captions": {"tokenizer-frames": "a caption"}}))
-    page = report(tmp_path).read_text()
+                                                       "captions": {"tokenizer-frames": "a caption"}}), encoding="utf-8")
+    page = report(tmp_path).read_text(encoding="utf-8")
     assert "&lt;PMPO&gt;" in page and "<PMPO>" not in page
     assert "a caption" in page and "data:image/png;base64,cG5n" in page and "1.5" in page
     assert "http" not in page and 'src="/' not in page
@@ -247,10 +247,10 @@ def test_records_of_an_earlier_version_are_read(tmp_path):
     "They called what came of an episode any, held and first."
     records = Records.of_rewards("old", "ball_in_cup-catch", range(3), np.eye(3, 8))
     records.save(tmp_path / "new.json")
-    text = (tmp_path / "new.json").read_text()
+    text = (tmp_path / "new.json").read_text(encoding="utf-8")
     for name, former in (("first_success", "first"), ("final_success", "held"), ("success", "any")):
         text = text.replace(f'"{name}"', f'"{former}"')
-    (tmp_path / "old.json").write_text(text)
+    (tmp_path / "old.json").write_text(text, encoding="utf-8")
     now, former = Records.load(tmp_path / "new.json"), Records.load(tmp_path / "old.json")
     for name in ("seed", "success", "final_success", "returns", "first_success"):
         assert np.array_equal(getattr(now, name), getattr(former, name))

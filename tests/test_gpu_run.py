@@ -41,7 +41,7 @@ def test_the_smallest_trial_runs_on_a_cpu(tmp_path):
     parts = "machine", "chain", "steps small", "bench paper"
     ran = python(RUN, "--device", "cpu", "--small", "--out", out, "--only", *parts)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     assert not {name: record["error"] for name, record in found.items() if "error" in record}
     assert found["chain use"]["finite"] and found["machine"]["peak_gflops_bf16"] > 0
     steps = {name: record for name, record in found.items() if name.startswith("steps")}
@@ -55,7 +55,7 @@ def test_the_smallest_trial_runs_on_a_cpu(tmp_path):
 def test_what_has_no_time_left_is_said(tmp_path):
     out = tmp_path / "gpu.json"
     assert python(RUN, "--device", "cpu", "--small", "--out", out, "--minutes", "0").returncode == 0
-    found = json.loads(out.read_text())
+    found = json.loads(out.read_text(encoding="utf-8"))
     assert found.pop("asked") == {"device": "cpu", "small": True}
     assert {name.partition(" ")[0] for name in found} == {"machine", "tests", "chain", "steps", "bench"}
     assert {record["error"] for record in found.values()} == {"not begun: no time was left"}

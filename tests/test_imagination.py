@@ -15,7 +15,8 @@ from dreamer4_nb.training import phases
 from dreamer4_nb.method.agent import (AgentConfig, AgentHeads, Bernoulli, Categorical, PolicyHead,
                                       ScalarHead, covering_range)
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import UserError, save_checkpoint, step_generator, to_dict
+from dreamer4_nb.core import UserError, save_checkpoint, step_generator
+from dreamer4_nb.inputs import to_dict
 from dreamer4_nb.core import Batch
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig
 from dreamer4_nb.method.generation import WorldModel

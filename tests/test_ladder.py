@@ -19,12 +19,13 @@ TRACKS = {"lessons": range(0, 20), "machine": range(20, 60), "studies": range(60
 # Room: the rooms that its modules may import, besides their own.
 ROOMS = {
     "core": set(),
-    "method": {"core"},
-    "data": {"core"},
-    "training": {"core", "method", "data"},
-    "evaluation": {"core", "method", "data"},
-    "runs": {"core", "method", "data", "training", "evaluation"},
-    "notebook": {"core", "method", "data", "training", "evaluation", "runs"},
+    "inputs": {"core"},
+    "method": {"core", "inputs"},
+    "data": {"core", "inputs"},
+    "training": {"core", "inputs", "method", "data"},
+    "evaluation": {"core", "inputs", "method", "data"},
+    "runs": {"core", "inputs", "method", "data", "training", "evaluation"},
+    "notebook": {"core", "inputs", "method", "data", "training", "evaluation", "runs"},
 }
 
 

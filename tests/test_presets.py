@@ -12,7 +12,8 @@ from helpers.shrunk_presets import noise_store, shrunk
 
 from dreamer4_nb.runs import presets
 from dreamer4_nb.method.agent import AgentHeads
-from dreamer4_nb.core import asset, current_names, to_dict
+from dreamer4_nb.core import asset
+from dreamer4_nb.inputs import current_names, to_dict
 from dreamer4_nb.runs.costs import SHAPES, count_parameters
 from dreamer4_nb.runs.memory import MACHINES
 from dreamer4_nb.data.stores import EpisodeStore
@@ -134,7 +135,7 @@ def test_printed_costs_are_those_of_the_preset(name):
 @pytest.mark.parametrize("name, file", [("tiny", "demo"), ("long", "chain")])
 def test_what_shipped_was_trained_so(name, file):
     "The settings of the four phases are those of the stored results, but for how they are computed."
-    kept = current_names(json.loads((RESULTS / f"{file}.json").read_text())["preset"])
+    kept = current_names(json.loads((RESULTS / f"{file}.json").read_text(encoding="utf-8"))["preset"])
 
     def same(old, new):
         if not isinstance(old, dict):

@@ -25,7 +25,7 @@ def outcomes(tmp_path_factory):
     command = [sys.executable, "-m", "pretend_gpu.scenarios"]
     ran = subprocess.run(command, cwd=folder, env=settings, capture_output=True, text=True)
     written = folder / "outcomes.jsonl"
-    lines = written.read_text().splitlines() if written.exists() else []
+    lines = written.read_text(encoding="utf-8").splitlines() if written.exists() else []
     found = {line["name"]: line["error"] for line in map(json.loads, lines)}
     return dict.fromkeys(SCENARIOS, f"did not run: {ran.stderr[-2000:]}") | found
 

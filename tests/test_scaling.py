@@ -11,7 +11,8 @@ from helpers.shapes import MICRO, THIN
 
 from dreamer4_nb.runs import bench as scaling
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import UserError, autocast, cast_linear, from_dict
+from dreamer4_nb.core import UserError, autocast, cast_linear
+from dreamer4_nb.inputs import from_dict
 from dreamer4_nb.runs.costs import Shape, build, count_parameters, random_batches
 from dreamer4_nb.runs.memory import MACHINES, predict
 from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, dynamics_loss
@@ -189,7 +190,7 @@ def test_compiled_or_recomputed_training_is_plain_training(way):
 @pytest.mark.parametrize("file", ["peers", "peers_compiled", "peers_float32", "tiny", "tiny_float32"])
 def test_predicted_steps_against_measured_ones(file):
     "With the constants that all these files gave; the notebook leaves each out in turn."
-    r = json.loads((Path(__file__).parent.parent / "nbs" / "results" / f"bench_{file}.json").read_text())
+    r = json.loads((Path(__file__).parent.parent / "nbs" / "results" / f"bench_{file}.json").read_text(encoding="utf-8"))
     machine = replace(MACHINES["2 CPU cores"], peak_bf16=r["peak_gflops_bf16"] / 1e3, peak_fp32=r["peak_gflops_fp32"] / 1e3)
     for name, row in predict(r["shape"], machine, dtype=r["dtype"]).items():
         assert 0.65 < row["step"] / (row["frames"] / r[f"{name}_train_fps"]) < 1.35
@@ -199,7 +200,7 @@ def test_full_size_runs_are_compared_in_the_sizes_that_ran():
     """SHAPES may have other sizes by now. What a process holds beside the model at work, libraries and the other
     model of the pair, is 0.5 to 2.5 GB."""
     path = Path(__file__).parent.parent / "nbs" / "results" / "full_size_cpu.json"
-    rows = json.loads(path.read_text())["rows"]
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
     ran = {(r["shape"], r["what"]): from_dict(Shape, r["sizes"]) for r in rows}
     assert ran["base", "tokenizer"].tokenizer_clips == (4, 64)
     assert ran["paper", "frame"].tokenizer.transformer.context == 192

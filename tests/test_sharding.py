@@ -29,7 +29,7 @@ def alone(tmp_path_factory):
 
 
 def assert_same_run(folder, alone):
-    histories = [[json.loads(line) for line in (f / "toy.log.jsonl").read_text().splitlines()] for f in (folder, alone)]
+    histories = [[json.loads(line) for line in (f / "toy.log.jsonl").read_text(encoding="utf-8").splitlines()] for f in (folder, alone)]
     assert [row["step"] for row in histories[0]] == list(range(1, 9))
     for key in ("dynamics", "gradient"):
         here, there = (torch.tensor([row[key] for row in history]) for history in histories)
@@ -70,7 +70,7 @@ def test_muon_makes_whole_matrices_of_spread_ones(tmp_path):
     run("alone")
     code, output = torchrun(TOY, 2, tmp_path / "spread", "--shard", 0, "--accumulate", 2, "--muon", 1)
     assert code == 0, output
-    here, there = ([json.loads(line)["dynamics"] for line in (tmp_path / name / "toy.log.jsonl").read_text().splitlines()] for name in ("alone", "spread"))
+    here, there = ([json.loads(line)["dynamics"] for line in (tmp_path / name / "toy.log.jsonl").read_text(encoding="utf-8").splitlines()] for name in ("alone", "spread"))
     assert there == pytest.approx(here, rel=1e-3) and abs(here[-1] - here[0]) > 0.01
     with pytest.raises(ZeroDivisionError):
         run("broken", stop)
@@ -107,7 +107,7 @@ def test_a_save_that_was_cut_short_does_not_count(tmp_path):
         folder.mkdir(parents=True)
         (folder / "shard-00001-model-00001-of-00001.safetensors").write_bytes(b"")
         if complete:
-            (folder / "about.json").write_text("{}")
+            (folder / "about.json").write_text("{}", encoding="utf-8")
     assert kept.last().name == "step-00000002"
 
 

@@ -12,7 +12,8 @@ from helpers.toy_stores import make
 
 from dreamer4_nb.method import tokenizer as module
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.core import UserError, inference_dtype, load_checkpoint, save_checkpoint, to_dict
+from dreamer4_nb.core import UserError, inference_dtype, load_checkpoint, save_checkpoint
+from dreamer4_nb.inputs import to_dict
 from dreamer4_nb.core import Batch, to_float
 from dreamer4_nb.data.demonstrations import _shipped
 from dreamer4_nb.data.windows import Windows

@@ -331,11 +331,11 @@ def report(run_dir: str | Path) -> Path:
     """
     run_dir = Path(run_dir)
     try:
-        results = json.loads((run_dir / "results.json").read_text())
+        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"no results to report in {run_dir} ({error}); "
                         f"run `dreamer4 demo --run {run_dir}` first") from None
     path = run_dir / "report.html"
     with atomic_path(path) as part:
-        part.write_text(_page(results, run_dir))
+        part.write_text(_page(results, run_dir), encoding="utf-8")
     return path

@@ -26,7 +26,7 @@ _FORMER = {"success": "any", "final_success": "held", "first_success": "first"}
 def _read_records(path: str | Path) -> dict:
     "What a file written by `Records.save` holds, by field. Raises `UserError` where it is not whole."
     try:
-        saved = json.loads(Path(path).read_text())
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
         fields = {name: saved[name] for name in ("policy", "task", "decisions", "info")}
         rows = saved["episodes"]
         for name in _COLUMNS:

@@ -11,7 +11,7 @@ __all__ = ['Source', 'Family', 'POLICIES', 'symlog', 'symexp', 'two_hot', 'cross
 # %% ../../nbs/10_agent.ipynb #f3293caa
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import Annotated, Protocol, cast
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core import (Batch, RowGenerators, UserError, autocast, check_shape, draw_rows,
                               inference_dtype, memory_budget, to_float)
+from ..inputs import Count, Natural, Positive, Range, check_fields
 from .blocks import empty_cache
 from .dynamics import Dynamics, video_loss
 from .flow import noise_like
@@ -196,21 +197,22 @@ class AgentConfig:
     """Agent tokens and heads; training widens the two ranges to what the data asks for.
 
     UserError for an unknown kind of policy, and for widths of tasks that do not fit."""
-    width: int = 128                    # of the dynamics
-    hidden: int = 256
-    n_agent: int = 1
+    width: Count = 128                    # of the dynamics
+    hidden: Count = 256
+    n_agent: Count = 1
     tasks: tuple[str, ...] = ("ball_in_cup-catch",)
-    action_dim: int = 2
+    action_dim: Count = 2
     # of each task, where they differ: what a task lacks is dead; () = action_dim for all
-    action_dims: tuple[int, ...] = ()
+    action_dims: tuple[Count, ...] = ()
     policy: str = "categorical"         # categorical | gaussian | bernoulli
-    action_bins: int = 21
-    mtp: int = 8                        # L: distances 0..L are predicted
-    value_bins: int = 63                # symexp two-hot bins of reward and value
-    reward_range: float = 6.0           # of the reward's bins, at least, in symlog units: ±symexp(6) = ±402
-    value_range: float = 6.0            # of the value's bins, at least, in the same units
+    action_bins: Annotated[int, Range(whole=True, low=2)] = 21
+    mtp: Natural = 8                        # L: distances 0..L are predicted
+    value_bins: Annotated[int, Range(whole=True, low=3)] = 63                # symexp two-hot bins of reward and value
+    reward_range: Positive = 6.0           # of the reward's bins, at least, in symlog units: ±symexp(6) = ±402
+    value_range: Positive = 6.0            # of the value's bins, at least, in the same units
 
     def __post_init__(self) -> None:
+        check_fields(self)
         widths = self.action_dims
         narrow = 0 < min(widths, default=0) <= max(widths, default=0) <= self.action_dim
         fitting = len(widths) == len(self.tasks) and narrow

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, NestedIOFunction
 
 from ..core import UserError
-
+from ..inputs import Count, NotNegative, Positive, check_fields
 
 # %% ../../nbs/04_attention.ipynb #cell-6
 @dataclass(frozen=True)
@@ -26,27 +26,23 @@ class TransformerConfig:
     """Shape of a transformer.
 
     UserError for numbers that do not fit each other."""
-    width: int = 128
-    depth: int = 4
-    heads: int = 4
-    kv_heads: int = 2        # GQA: heads that share keys and values
-    mlp_ratio: float = 2.67  # hidden width of the MLP, in widths
-    time_every: int = 2      # every n-th layer looks along time, the others inside the frame
-    context: int = 32        # frames a time layer sees, the current one included
-    softcap: float = 0.0     # bound of the attention logits; 0 = none
+    width: Count = 128
+    depth: Count = 4
+    heads: Count = 4
+    kv_heads: Count = 2        # GQA: heads that share keys and values
+    mlp_ratio: Positive = 2.67  # hidden width of the MLP, in widths
+    time_every: Count = 2      # every n-th layer looks along time, the others inside the frame
+    context: Count = 32        # frames a time layer sees, the current one included
+    softcap: NotNegative = 0.0     # bound of the attention logits; 0 = none
 
     def __post_init__(self) -> None:
-        sizes = (self.width, self.depth, self.heads, self.kv_heads, self.time_every, self.context)
-        if min(*sizes, self.mlp_ratio) <= 0:
-            raise UserError(f"{self} has a size of 0 or less; all sizes must be positive")
+        check_fields(self)
         if self.width % self.heads or self.head_dim % 2:
             raise UserError(f"width {self.width} does not divide into {self.heads} heads of an even size; "
                             "change width or heads")
         if self.heads % self.kv_heads:
             raise UserError(f"{self.heads} heads cannot share {self.kv_heads} key-value heads evenly; "
                             "choose a divisor of heads")
-        if self.softcap < 0:
-            raise UserError(f"softcap is {self.softcap}; expected a positive bound, or 0 for none")
 
     @property
     def head_dim(self) -> int:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from ..core import JsonDict, UserError, asset, from_dict, load_checkpoint, load_weights
+from ..core import JsonDict, UserError, asset, load_checkpoint, load_weights
+from ..inputs import from_dict
 from .agent import AgentConfig, AgentHeads, ScalarHead
 from .dynamics import Dynamics, DynamicsConfig
 from .generation import WorldModel

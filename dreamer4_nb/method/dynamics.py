@@ -16,6 +16,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..core import Batch, UserError, check_shape
+from ..inputs import Count, Natural, Positive, Share, check_fields
 from .attention import TransformerConfig, beside_context, segment_mask, time_mask
 from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
 from .forcing import Schedule, forcing_loss, noise_context
@@ -26,31 +27,29 @@ class DynamicsConfig:
     """Shape of the world model and of its training objective.
 
     UserError for values that are out of range or do not fit each other."""
-    n_latents: int = 8
-    d_latent: int = 32
-    pack: int = 2                   # latents to a token: n_latents/pack tokens of pack·d_latent channels
-    action_dim: int = 2
-    n_registers: int = 2
-    n_agent: int = 0                # agent tokens (phases 2 and 3); nothing attends to them
-    bootstrap_share: float = 0.25   # rows of a batch that have a teacher and train the larger steps
+    n_latents: Count = 8
+    d_latent: Count = 32
+    pack: Count = 2                   # latents to a token: n_latents/pack tokens of pack·d_latent channels
+    action_dim: Count = 2
+    n_registers: Natural = 2
+    n_agent: Natural = 0                # agent tokens (phases 2 and 3); nothing attends to them
+    bootstrap_share: Share = 0.25   # rows of a batch that have a teacher and train the larger steps
     # past frames as in use, at the context level; False = the paper, levels of their own
     train_on_context: bool = False
     # more frames at the context level than the paper's draws put there (0 = the paper)
-    p_context: float = 0.0
-    clip: float = 4.0               # bound of the bootstrap targets, in standard deviations of the latents
-    image_rows: float = 0.0         # share of rows treated as single images (paper: 0.3)
+    p_context: Share = 0.0
+    clip: Positive = 4.0               # bound of the bootstrap targets, in standard deviations of the latents
+    image_rows: Share = 0.0         # share of rows treated as single images (paper: 0.3)
     # of the clips that half of the other rows are cut into; 0 = whole rows only
-    short_clip_length: int = 0
+    short_clip_length: Natural = 0
     schedule: Schedule = Schedule()
     transformer: TransformerConfig = TransformerConfig(width=128, depth=4, heads=4, kv_heads=2, time_every=2,
                                                        context=24)
 
     def __post_init__(self) -> None:
-        if self.pack < 1 or self.n_latents % self.pack:
+        check_fields(self)
+        if self.n_latents % self.pack:
             raise UserError(f"{self.n_latents} latents cannot be packed by {self.pack}; choose a divisor")
-        if not 0 <= self.image_rows <= 1 or self.short_clip_length < 0:
-            raise UserError(f"image_rows={self.image_rows}, short_clip_length={self.short_clip_length}; "
-                            "a share in [0, 1] and a length (0 = off) are needed")
 
     @property
     def n_tokens(self) -> int:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..core import RowGenerators, UserError
+from ..inputs import Count, Decay, check_fields
 from .flow import interpolate, noise_like
 from .shortcut import (Grid, bootstrap_target, ramp_weight, sample_tau_d, shortcut_loss,
                                          shortcut_step)
@@ -31,18 +32,13 @@ class Schedule:
         noise, and the paper's "0.1" is that noise level
 
     UserError for values out of range."""
-    k_max: int = 8
-    steps: int = 4
-    tau_ctx: float = 0.9
+    k_max: Count = 8
+    steps: Count = 4
+    tau_ctx: Decay = 0.9
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UserError(f"steps must be at least 1, got {self.steps}; "
-                                           "4 is the usual choice")
+        check_fields(self)
         self.grid.j_of(1 / self.steps)
-        if not 0 <= self.tau_ctx < 1:
-            raise UserError(f"tau_ctx must lie in [0, 1), got {self.tau_ctx}; it is a signal level (0 noise, "
-                            f"1 data), 0.9 is the usual choice")
 
     @property
     def grid(self) -> Grid:

@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core import Batch, UserError, check_shape
+from ..core import Batch, check_shape
+from ..inputs import Count, NotNegative, Share, check_fields
 from .agent import AgentHeads, PolicyHead, ScalarHead, Source
 from .generation import WorldModel, compile_world
 
@@ -60,20 +61,15 @@ def pmpo_loss(log_prob: Tensor, advantage: Tensor, kl: Tensor, alpha: float = 0.
 @dataclass(frozen=True)
 class ImaginationConfig:
     "Phase 3 (paper, section 3.4). UserError for values out of range."
-    context: int = 8       # real frames before each dream
-    horizon: int = 15      # dreamed frames
-    gamma: float = 0.997   # discount
-    lam: float = 0.95      # λ of the returns
-    alpha: float = 0.5     # weight of the positive set
-    beta: float = 0.3      # weight of the prior
+    context: Count = 8       # real frames before each dream
+    horizon: Count = 15      # dreamed frames
+    gamma: Share = 0.997   # discount
+    lam: Share = 0.95      # λ of the returns
+    alpha: Share = 0.5     # weight of the positive set
+    beta: NotNegative = 0.3      # weight of the prior
 
     def __post_init__(self) -> None:
-        for name in ("gamma", "lam", "alpha"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name} is {getattr(self, name)}; a value in [0, 1] is needed")
-        for name in ("context", "horizon"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; at least 1 is needed")
+        check_fields(self)
 
 # %% ../../nbs/11_imagination.ipynb #cell-25
 @torch.no_grad()

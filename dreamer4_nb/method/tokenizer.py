@@ -22,6 +22,7 @@ from einops import rearrange
 from torch import Tensor
 
 from ..core import Batch, UserError, check_shape
+from ..inputs import Count, NotNegative, Share, check_fields
 from .attention import TransformerConfig
 from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
 from .pruned import prune
@@ -32,43 +33,35 @@ class TokenizerConfig:
     """Shape of the tokenizer, and weights of its loss; `transformer` holds for encoder and decoder alike.
 
     UserError for values that are out of range or do not fit each other."""
-    image: int = 64
-    channels: int = 3
-    patch: int = 8
-    n_latents: int = 8
-    d_latent: int = 32
-    mask_max: float = 0.9           # per image, drop probability p ~ U(0, mask_max)
+    image: Count = 64
+    channels: Count = 3
+    patch: Count = 8
+    n_latents: Count = 8
+    d_latent: Count = 32
+    mask_max: Share = 0.9           # per image, drop probability p ~ U(0, mask_max)
     mask_tube: bool = False         # one mask for the whole clip instead of one a frame
     # how much more a pixel counts that is far from its own average, in the frame
-    gain: float = 5.0
-    output_weight: float = 0.1      # the same for such a pixel of the output, as a share of `gain`
+    gain: NotNegative = 5.0
+    output_weight: NotNegative = 0.1      # the same for such a pixel of the output, as a share of `gain`
     # standard deviation over a batch that latents are held at: lower, they are ignored
-    latent_std: float = 0.35
-    latent_std_weight: float = 3.0  # weight of the distance from it; 0 = none
+    latent_std: NotNegative = 0.35
+    latent_std_weight: NotNegative = 3.0  # weight of the distance from it; 0 = none
     # weight of changes from frame to frame, in both parts of training
-    slowness: tuple[float, float] = (0.02, 0.5)
-    n_backgrounds: int = 1          # mean frames to tell apart: one for each task
+    slowness: tuple[NotNegative, NotNegative] = (0.02, 0.5)
+    n_backgrounds: Count = 1          # mean frames to tell apart: one for each task
     # standard deviation of the noise on the latents that the decoder trains with
-    latent_noise: float = 0.0
+    latent_noise: NotNegative = 0.0
     transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2,
                                                        context=16)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.image % self.patch:
             raise UserError(f"image size {self.image} is not a multiple of patch {self.patch}; "
                             "choose a patch that divides it")
-        if not 0 <= self.mask_max <= 1:
-            raise UserError(f"mask_max is {self.mask_max}; a probability in [0, 1] is needed")
-        if self.n_backgrounds < 1:
-            raise UserError(f"n_backgrounds is {self.n_backgrounds}; at least one mean frame is needed")
         if self.latent_std_weight and self.latent_std <= 0:
             raise UserError(f"latent_std is {self.latent_std}; "
                             "give a positive one, or latent_std_weight=0 for none")
-        weights = {"slowness": min(self.slowness)}
-        for name in ("latent_noise", "gain", "output_weight", "latent_std_weight"):
-            weights[name] = getattr(self, name)
-        if negative := [f"{name} {value}" for name, value in weights.items() if value < 0]:
-            raise UserError(f"{', '.join(negative)} must not be negative; 0 turns each of them off")
         if self.transformer.width % 4:
             raise UserError(f"width {self.transformer.width} is not a multiple of 4, "
                             "which the position embedding needs; "

@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import UserError, pick_device, to_dict, write_json
+from ..core import UserError, pick_device, write_json
+from ..inputs import to_dict
 from ..data.demonstrations import load_demonstrations
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import check_fresh
@@ -41,7 +42,7 @@ def cores() -> int:
     else:
         n = os.cpu_count() or 1
     try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
         if quota == "max":
             return n
         allowed = round(int(quota) / int(period))

@@ -27,7 +27,8 @@ import torch
 import tyro
 from tqdm import tqdm
 
-from ..core import UserError, asset, cache_dir, from_dict, pick_device, pick_dtype, print0, write_json
+from ..core import UserError, asset, cache_dir, pick_device, pick_dtype, print0, write_json
+from ..inputs import from_dict
 from ..data.envs import make_env, render_states, setup_gl
 from ..data.tasks import task_info
 from ..data.planner import Planner, collect_episodes, save_demonstrations
@@ -71,7 +72,7 @@ class Demo:
 
 def print_results(path: Path) -> None:
     "Prints the closed loop of a results.json: a table, and what imagination adds to cloning."
-    results = json.loads(path.read_text())
+    results = json.loads(path.read_text(encoding="utf-8"))
     table = text_table(closed_loop_table(results["closed_loop"]))
     print0(f"\n{results['task']}\n{table}")
     for gain in results["pmpo_minus_cloning"]:
@@ -106,7 +107,7 @@ def opened(folder: Path, only: str) -> Run:
     config = folder / "config.json"
     if not config.exists():
         raise UserError(f"no run in {folder}; run `dreamer4 demo --run {folder}` first")
-    preset = from_dict(Preset, json.loads(config.read_text()))
+    preset = from_dict(Preset, json.loads(config.read_text(encoding="utf-8")))
     return Run(folder, preset, only=only)
 
 # %% ../../nbs/55_cli.ipynb #cell-14

@@ -16,7 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..core import UserError, current_names, print0, to_dict, write_json
+from ..core import UserError, print0, write_json
+from ..inputs import current_names, to_dict
 
 # %% ../../nbs/49_folder.ipynb #cell-10
 def differences(old: Any, new: Any, where: str = "") -> list[str]:
@@ -81,7 +82,7 @@ def read_phases(folder: Path) -> dict[str, dict]:
     if not path.exists():
         return {}
     try:
-        entries = current_names(json.loads(path.read_text()))
+        entries = current_names(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read ({error}); delete it, or choose another --run") from None
     gone = [name for name in PARTS if not any(folder.glob(f"{name}.*"))]

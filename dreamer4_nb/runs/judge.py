@@ -25,9 +25,9 @@ from dreamer4_nb.core import (
     pick_dtype,
     print0,
     save_checkpoint,
-    to_dict,
     write_json,
 )
+from ..inputs import to_dict
 from ..data.tasks import task_info
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import (PlannerPolicy, RandomPolicy, check_fresh, closed_loop_rows,
@@ -158,7 +158,7 @@ def training_curves(run: Run) -> dict[str, dict[str, list[float]]]:
         log = run.folder / f"{name}.log.jsonl"
         if not log.exists():
             continue
-        rows = [json.loads(line) for line in log.read_text().splitlines()]
+        rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
         if not rows:
             continue
         curves[name] = {}
@@ -227,7 +227,7 @@ def kept_measures(view: TaskView, in_use: bool) -> dict | None:
         return None
     if path.stat().st_mtime <= network.stat().st_mtime:
         return None
-    kept = json.loads(path.read_text())
+    kept = json.loads(path.read_text(encoding="utf-8"))
     if kept.get("dreams") != view.run.preset.evaluation.dreams:
         return None
     if in_use and "dream_in_use" not in kept:
@@ -327,5 +327,5 @@ def ship(folder: Path, assets: Path, results: Path) -> list[Path]:
         path = Path(assets) / f"tiny_{name}.safetensors"
         save_checkpoint(path, state, config)
         written.append(path)
-    write_json(Path(results), json.loads(finished.read_text()))
+    write_json(Path(results), json.loads(finished.read_text(encoding="utf-8")))
     return [*written, Path(results)]

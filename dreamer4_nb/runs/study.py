@@ -273,7 +273,7 @@ def keep_rows(path: Path, rows: list[Row]) -> None:
     "Writes rows into a JSON file, instead of those there that differ from one of them in results only."
     old = []
     if path.exists():
-        old = json.loads(path.read_text())["rows"]
+        old = json.loads(path.read_text(encoding="utf-8"))["rows"]
     new = {row_identity(row) for row in rows}
     kept = [row for row in old if row_identity(row) not in new]
     write_json(path, {"rows": kept + rows, "date": date.today().isoformat(), "machine": machine()})

@@ -29,7 +29,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from ..core import UserError, autocast, pick_dtype, save_checkpoint, step_generator, to_dict
+from ..core import UserError, autocast, pick_dtype, save_checkpoint, step_generator
+from ..inputs import to_dict
 from dreamer4_nb.training.optimizers import (
     LossScale,
     TrainConfig,
@@ -160,7 +161,7 @@ def read_history(path: Path, last_step: int) -> list[dict[str, float]]:
     history = []
     if not path.exists():
         return history
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
@@ -182,7 +183,7 @@ class RunLog:
         lines = [json.dumps(record) + "\n" for record in self.history]
         with self.writing():
             run_dir.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(lines))
+            self.path.write_text("".join(lines), encoding="utf-8")
             self.board = SummaryWriter(str(run_dir / "tensorboard" / name), purge_step=first_step + 1)
 
     @contextlib.contextmanager
@@ -199,7 +200,7 @@ class RunLog:
         self.history.append(record)
         if self.path is None:
             return
-        with self.writing(), open(self.path, "a") as file:
+        with self.writing(), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
             for key in record.keys() - {"step"}:
                 self.board.add_scalar(key, record[key], record["step"])

@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..core import Batch, UserError, print0, seed_everything, to_dict
+from ..core import Batch, UserError, print0, seed_everything
+from ..inputs import to_dict
 from ..data.latents import encode_latents
 from ..data.mixtures import Mixture
 from ..data.stores import EpisodeStore

@@ -28,8 +28,15 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from ..core import (UserError, current_names, load_checkpoint, load_weights, pick_device, save_checkpoint,
-                              write_json)
+from dreamer4_nb.core import (
+    UserError,
+    load_checkpoint,
+    load_weights,
+    pick_device,
+    save_checkpoint,
+    write_json,
+)
+from ..inputs import current_names
 from ..method.blocks import BlockCausalTransformer
 
 # %% ../../nbs/35_ranks.ipynb #cell-5
@@ -319,7 +326,7 @@ class Checkpoints:
         like: as in `read_shards`. `UserError` for a file of a run without shards."""
         path = self.last()
         if path != self.file:
-            metadata = json.loads((path / "about.json").read_text())
+            metadata = json.loads((path / "about.json").read_text(encoding="utf-8"))
             return read_shards(path, like, self.group), metadata
         if self.mesh is not None:
             raise UserError(f"{path} was saved with shard=1 and cannot be spread over ranks; go on with "

@@ -289,7 +289,7 @@ def main() -> int:
         out = asked.out or place / "gpu.json"
         entries = [entry for entry in plan(torch.device(asked.device), asked.small, Path(folder))
                    if entry[0].startswith(tuple(asked.only))]
-        kept = json.loads(out.read_text()) if asked.only != [""] and out.exists() else {}
+        kept = json.loads(out.read_text(encoding="utf-8")) if asked.only != [""] and out.exists() else {}
         results = kept | {"asked": {"device": asked.device, "small": asked.small}}
         run_all(entries, asked.minutes, out, results | {name: {} for name, _ in entries})
     print(out)

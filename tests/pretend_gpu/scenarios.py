@@ -256,5 +256,5 @@ if __name__ == "__main__":
     for name, scenario in SCENARIOS.items():
         began = time.perf_counter()
         line = {"name": name, "error": outcome(scenario), "seconds": round(time.perf_counter() - began, 1)}
-        with open("outcomes.jsonl", "a") as file:
+        with open("outcomes.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
