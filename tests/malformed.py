@@ -32,7 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import numpy as np
-import safetensors.torch
 import torch
 
 from dreamer4_nb.core import UserError, load_checkpoint, save_checkpoint
