@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .method.agent import Policy
     from .method.generation import WorldModel
 
-# On Linux PyTorch's threads wait for each other with GNU OpenMP, which reads this when PyTorch is loaded. By default
-# a thread that waits keeps its core for long, and beside another program training becomes ten times slower.
+# PyTorch's threads wait for each other in GNU OpenMP, which reads this when PyTorch is loaded. By default a
+# thread that waits keeps its core for long, and beside another program training becomes ten times slower.
 if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
     os.environ["GOMP_SPINCOUNT"] = "3000"
 
