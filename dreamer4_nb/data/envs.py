@@ -122,6 +122,7 @@ class _DrawingThread:
         self.thread: threading.Thread | None = None
         self.forked = False  # this process is a copy of one that had drawn; its thread is not in the copy
         self.lock = threading.Lock()
+        self.renderers: list[mujoco.Renderer] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         "`function(*arguments)`, called in the drawing thread. `UserError` in a forked process."
@@ -176,14 +177,16 @@ def _renderer(domain: str, name: str, image: int) -> mujoco.Renderer:
         raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={_GL}: {_GL_PROBLEM or error}); "
                         "type: sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    atexit.register(_close, renderer)
+    _drawing.renderers.append(renderer)
     return renderer
 
 
-def _close(renderer: mujoco.Renderer) -> None:
-    "Free a context at the end of the process, where it was made. A forked process has none of its own."
+@atexit.register
+def _free_renderers() -> None:
+    "At the end of the process, in the thread that made them. A forked process has none of its own."
     if not _drawing.forked:
-        _drawing(renderer.close)
+        for renderer in _drawing.renderers:
+            _drawing(renderer.close)
 
 
 def _draw_frame(info: TaskInfo, image: int, data: mujoco.MjData) -> np.ndarray:
