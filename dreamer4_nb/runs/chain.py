@@ -343,6 +343,8 @@ def check_run(run: "Run", last: str) -> None:
     if not encoded:
         check_frames(run.store, preset)
     for task in preset.tasks:
+        for store in (train, held):
+            check_fresh(task, preset.evaluation.seeds, store)
         check_both_sides(train, held, task, preset.held_out)
         if PARTS.index(last) >= PARTS.index("agent"):
             check_cloning(train, task, preset.imagination.model.context)
