@@ -38,7 +38,7 @@ from .chain import Run, by_task, read_config
 from .doctor import Doctor
 from .endings import (draw_into_files, reader_is_gone, say, say_unforeseen, sigterm_interrupts,
                                       typed_command)
-from .presets import PRESETS, TINY, Preset, Readout
+from .presets import LONG, PRESETS, TINY, Preset, Readout
 from ..training.ranks import leave_ranks
 
 # What draws figures (judge and study) is imported by the commands that need it, after `main` has chosen how.
@@ -118,7 +118,7 @@ def shipped_run(folder: Path) -> Run:
         if not target.exists() or target.read_bytes() != source.read_bytes():
             with atomic_path(target) as part:
                 shutil.copyfile(source, part)
-    return Run(folder, TINY, only="evaluation")
+    return Run(folder, LONG, only="evaluation")  # with whose settings they were made
 
 
 def writable(path: Path) -> Path:
@@ -363,7 +363,7 @@ class Ship:
         from dreamer4_nb.runs.judge import ship
 
         assets = asset("demos_ball_in_cup-catch.npz").parent
-        for path in ship(self.run, assets, writable(self.results)):
+        for path in ship(self.run, assets, self.results):
             print0(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../../nbs/55_cli.ipynb #cell-27

@@ -10,6 +10,7 @@ __all__ = ['PLAIN_ERRORS', 'from_here', 'typed_command', 'say', 'say_unforeseen'
 import contextlib
 import errno
 import os
+import select
 import shlex
 import shutil
 import signal
@@ -99,9 +100,10 @@ def draw_into_files() -> None:
 
 def reader_is_gone() -> bool:
     "Whether nobody reads our output any more, as in `dreamer4 doctor | head -1`; then the rest is dropped."
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    output = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(output, 0)  # errors are told in any case
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return True
