@@ -97,8 +97,8 @@ def check_trainable(training: EpisodeStore, *, clip_lengths: dict[str, int], pol
         training.of_task(task)  # there is one
     largest = largest_return(training, gamma)
     if not largest <= LARGEST:
-        raise UserError(f"the rewards of {training.path} reach {largest_reward(training):.3g}, which with gamma "
-                        f"{gamma:g} makes returns up to {largest:.3g}; expected {LARGEST:g} at most: "
+        raise UserError(f"the rewards of {training.path} reach {largest_reward(training):.3g}, which with "
+                        f"gamma {gamma:g} makes returns up to {largest:.3g}; expected {LARGEST:g} at most: "
                         "divide the rewards by a constant")
     check_cloning(training, policy, labels)
 
@@ -107,7 +107,8 @@ def check_measurable(held_out: EpisodeStore, prefix: int, length: int) -> None:
     """`UserError` where no dream of a task can be measured.
 
     held_out: frames or latents of the episodes that are held out.
-    prefix, length: frames that a dream is given, in none of which its task is solved, and all of its frames."""
+    prefix: frames that a dream is given, in none of which its task is solved.
+    length: of a dream, with those."""
     for task in held_out.tasks:
         own = held_out.of_task(task)
         parts = np.split(own.column("rewards"), np.cumsum(own.lengths)[:-1])
