@@ -53,7 +53,9 @@ def sharded_checkpoints(folder, group):
     return checkpoints
 
 
-def test_a_sharded_state_counts_once_finish_returns(tmp_path, lone_group, monkeypatch):
+@pytest.mark.parametrize("leave", ["finish", "close"])
+def test_a_sharded_state_counts_before_a_run_ends(tmp_path, lone_group, monkeypatch, leave):
+    "With `finish` after a stop, with `close` after an error."
     write_json = ranks.write_json
 
     def slowly(path, value):
@@ -63,7 +65,7 @@ def test_a_sharded_state_counts_once_finish_returns(tmp_path, lone_group, monkey
     monkeypatch.setattr(ranks, "write_json", slowly)
     checkpoints = sharded_checkpoints(tmp_path, lone_group)
     checkpoints.save({"weights.x": torch.ones(3)}, {"step": 4})
-    checkpoints.finish()
+    getattr(checkpoints, leave)()
     assert checkpoints.last() == tmp_path / "toy.train" / "step-00000004"
     state, metadata = checkpoints.load({})
     assert metadata == {"step": 4} and torch.equal(state["weights.x"], torch.ones(3))

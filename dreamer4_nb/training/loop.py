@@ -516,9 +516,11 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     start = trainer.resume()
     log = RunLog(name, run_dir if first else None, start)
     hidden = not (first and progress)
+    saves = contextlib.closing(trainer.checkpoints) if trainer.checkpoints else contextlib.nullcontext()
     bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", delay=2, disable=hidden)
 
-    with training_only(trainer.parts, trainer.parameters), contextlib.closing(log), bar, catch_stop() as stop:
+    trained = training_only(trainer.parts, trainer.parameters)
+    with trained, contextlib.closing(log), saves, bar, catch_stop() as stop:
         step = run_steps(trainer, batches, weights, start, log, bar, stop)
         if step < config.steps:
             bar.close()
