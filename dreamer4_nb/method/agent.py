@@ -197,19 +197,20 @@ class AgentConfig:
     """Agent tokens and heads; training widens the two ranges to what the data asks for.
 
     UserError for an unknown kind of policy, and for widths of tasks that do not fit."""
-    width: Count = 128                    # of the dynamics
+    width: Count = 128            # of the dynamics
     hidden: Count = 256
     n_agent: Count = 1
     tasks: tuple[str, ...] = ("ball_in_cup-catch",)
     action_dim: Count = 2
     # of each task, where they differ: what a task lacks is dead; () = action_dim for all
     action_dims: tuple[Count, ...] = ()
-    policy: str = "categorical"         # categorical | gaussian | bernoulli
+    policy: str = "categorical"   # categorical | gaussian | bernoulli
     action_bins: Annotated[int, Range(whole=True, low=2)] = 21
-    mtp: Natural = 8                        # L: distances 0..L are predicted
-    value_bins: Annotated[int, Range(whole=True, low=3)] = 63                # symexp two-hot bins of reward and value
-    reward_range: Positive = 6.0           # of the reward's bins, at least, in symlog units: ±symexp(6) = ±402
-    value_range: Positive = 6.0            # of the value's bins, at least, in the same units
+    mtp: Natural = 8              # L: distances 0..L are predicted
+    # symexp two-hot bins of reward and value
+    value_bins: Annotated[int, Range(whole=True, low=3)] = 63
+    reward_range: Positive = 6.0  # of the reward's bins, at least, in symlog units: ±symexp(6) = ±402
+    value_range: Positive = 6.0   # of the value's bins, at least, in the same units
 
     def __post_init__(self) -> None:
         check_fields(self)
