@@ -202,7 +202,7 @@ UNFIT = [
     (dict(rewards=2.0), [], "solved", "begin unsolved"),
     ({}, ["--agent.model.policy", "bernoulli"], "bernoulli", "actions"),
     (dict(length=8), [], "8 frames", "longer episodes"),
-    (dict(length=9), ["--imagination.model.context", "12"], "9 frames", "dreams begin with 12"),
+    (dict(length=9), ["--imagination.model.context", "12"], "has 9", "longer episodes"),
     (dict(episodes=1), [], "held_out", ""),
     (dict(image=64), [], "64, 64, 3", "--tokenizer.model.image"),
     (dict(width=3), [], "actions of 3 numbers", "2"),

@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['Calls', 'CPU_LIMIT', 'ITEMS', 'GROWN', 'AXES', 'Timing', 'wait_for', 'measure', 'matmul_peak', 'streaming_calls',
-           'using_calls', 'step_gflops', 'time_shape', 'cores', 'cpu_name', 'describe_machine', 'peak_memory',
-           'matmul_peaks', 'summarize_timings', 'bench', 'bench_table', 'exponent', 'grow', 'saved_in_step', 'growth']
+           'using_calls', 'step_gflops', 'time_shape', 'cpu_name', 'describe_machine', 'peak_memory', 'matmul_peaks',
+           'summarize_timings', 'bench', 'bench_table', 'exponent', 'grow', 'saved_in_step', 'growth']
 
 # %% ../../nbs/47_bench.ipynb #cell-2
-import os
 import platform
 import resource
 import time
@@ -186,22 +185,6 @@ def time_shape(shape: Shape, seconds: float, config: TrainConfig, device: torch.
     return timings, gflops
 
 # %% ../../nbs/47_bench.ipynb #cell-19
-def cores() -> int:
-    "Cores that this process may use: its affinity, and a container's quota where there is one."
-    if hasattr(os, "sched_getaffinity"):
-        n = len(os.sched_getaffinity(0))
-    else:
-        n = os.cpu_count() or 1
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
-        if quota == "max":
-            return n
-        allowed = round(int(quota) / int(period))
-    except (OSError, ValueError):
-        return n
-    return max(1, min(n, allowed))
-
-
 def cpu_name() -> str:
     "Name of this machine's processor."
     info = Path("/proc/cpuinfo")

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Split', 'DOES', 'pick_threads', 'open_episodes', 'phase_arguments', 'to_device', 'read_config', 'expected_models',
            'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'missing',
-           'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_cloning', 'check_run', 'make_part',
-           'phase_inputs', 'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
+           'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run', 'make_part', 'phase_inputs',
+           'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
 
 # %% ../../nbs/50_chain.ipynb #cell-3
 import time
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..core import UserError, pick_device, write_json
-from ..inputs import environment_number, from_dict, local_path, read_json, to_dict
+from ..core import UserError, pick_device, process_rank, write_json
+from ..inputs import (available_cores, environment_number, from_dict, local_path, read_json,
+                                to_dict)
 from ..data.demonstrations import load_demonstrations
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import check_fresh
@@ -30,17 +31,16 @@ from ..method.checkpoints import load_agent, load_dynamics, load_imagination, lo
 from ..method.dynamics import Dynamics
 from ..method.generation import WorldModel
 from ..method.tokenizer import Tokenizer
-from .bench import cores
 from .folder import (PARTS, PhaseNotes, differences, has_part, other_settings,
-                                     phase_settings, process_rank, read_header)
+                                     phase_settings, read_header)
 from .presets import MINUTES, TINY, Preset, resolve
-from ..training.phases import (check_agent, encode_store, train_agent, train_dynamics,
+from ..training.phases import (check_cloning, check_trainable, encode_store, train_agent, train_dynamics,
                                          train_imagination, train_tokenizer)
 
 # %% ../../nbs/50_chain.ipynb #cell-13
 def pick_threads(asked: int) -> int:
     "Threads for PyTorch: as many as asked for; where that is 0, as the environment says, or one a core."
-    return asked or environment_number("OMP_NUM_THREADS") or cores()
+    return asked or environment_number("OMP_NUM_THREADS") or available_cores()
 
 # %% ../../nbs/50_chain.ipynb #a9d4d235
 Split = tuple[EpisodeStore, EpisodeStore]  # of episodes for (training, held-out measures)
@@ -297,23 +297,6 @@ def check_both_sides(train: EpisodeStore, held: EpisodeStore, task: str, share: 
             raise UserError(f"{task} has no episode {what} with held_out={share:g}; "
                             "give more episodes or another --held-out")
 
-
-def check_cloning(train: EpisodeStore, task: str, context: int) -> None:
-    """`UserError` for episodes of a task from which phases 2 and 3 cannot learn.
-
-    context: frames that a dream begins with."""
-    own = train.of_task(task)
-    if not own.of_quality("expert", "medium").n_episodes:
-        names, counts = np.unique(own.qualities, return_counts=True)
-        there = ", ".join(f"{count} {name}" for name, count in zip(names, counts))
-        raise UserError(f"none of the training episodes of {task} is expert or medium (there are {there}), "
-                        "and phase 2 clones those only; collect with --quality mixed, or store such "
-                        "episodes as Episode(quality='expert')")
-    longest = own.lengths.max()
-    if longest < context:
-        raise UserError(f"the longest training episode of {task} has {longest} frames, and dreams begin with "
-                        f"{context}; give longer episodes, or --imagination.model.context {longest}")
-
 # %% ../../nbs/50_chain.ipynb #2ec974a3
 def check_run(run: "Run", last: str) -> None:
     """`UserError` for data or settings that do not suit one of the parts up to `last`.
@@ -330,10 +313,15 @@ def check_run(run: "Run", last: str) -> None:
         for store in (train, held):
             check_fresh(task, preset.evaluation.seeds, store)
         check_both_sides(train, held, task, preset.held_out)
-        if PARTS.index(last) >= PARTS.index("agent"):
-            check_cloning(train, task, preset.imagination.model.context)
-    if PARTS.index(last) >= PARTS.index("agent"):
-        check_agent(preset.agent.model, preset.dynamics.model, train, preset.agent.labels)
+    if PARTS.index(last) < PARTS.index("agent"):
+        return
+    policy = preset.agent.model.policy
+    labels = preset.agent.labels
+    for task in preset.tasks:
+        check_cloning(train.of_task(task), policy, labels)
+    dream = preset.imagination.model
+    needed = {"imagination": dream.context} if last == "imagination" else {}
+    check_trainable(train, clip_lengths=needed, policy=policy, labels=labels, gamma=dream.gamma)
 
 # %% ../../nbs/50_chain.ipynb #0d7bdb5b
 DOES = {"tokenizer": "frames to latents", "latents": "every episode encoded once",

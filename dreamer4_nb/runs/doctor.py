@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..core import UserError, asset, cache_dir
-from ..inputs import environment_number
+from ..inputs import available_cores, environment_number
 
 # %% ../../nbs/54_doctor.ipynb #2e471d6d
 Check = tuple[str, bool, str, str]  # name, whether it is fine, what was found, remedy
@@ -70,13 +70,13 @@ def check_device() -> Iterator[Check]:
     "Where networks run, and how fast it multiplies."
     import torch
     from dreamer4_nb.core import pick_device, pick_dtype
-    from dreamer4_nb.runs.bench import cores, matmul_peak
+    from dreamer4_nb.runs.bench import matmul_peak
 
     device = pick_device()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"CPU, {cores()} cores, {torch.get_num_threads()} threads"
+        name = f"CPU, {available_cores()} cores, {torch.get_num_threads()} threads"
     yield "device", True, name, ""
     single = matmul_peak(torch.float32, device, 0.1)
     half = matmul_peak(torch.bfloat16, device, 0.1)

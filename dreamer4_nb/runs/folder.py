@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'PARTS', 'LEFTOVERS', 'differences', 'deciding', 'completed', 'phase_settings', 'read_phases', 'has_part',
-           'read_header', 'process_rank', 'clear_leftovers', 'take_lock', 'other_settings', 'PhaseNotes']
+           'read_header', 'clear_leftovers', 'take_lock', 'other_settings', 'PhaseNotes']
 
 # %% ../../nbs/49_folder.ipynb #12b861ca
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
-from ..core import JsonDict, UserError, print0, write_json
+from ..core import JsonDict, UserError, print0, process_rank, write_json
 from ..inputs import FREE_SETTINGS, IsDataclass, current_names, from_dict, read_json, to_dict
 
 # %% ../../nbs/49_folder.ipynb #cell-10
@@ -107,11 +106,6 @@ def read_header(path: Path) -> JsonDict:
 # %% ../../nbs/49_folder.ipynb #d80d8f93
 # What a process that was killed in the middle of a write leaves in a folder.
 LEFTOVERS = (".*.part*", ".*.zarr.*")
-
-
-def process_rank() -> int:
-    "The rank of this process in its job; 0 without other ranks, whatever the environment says."
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def clear_leftovers(folder: Path) -> None:

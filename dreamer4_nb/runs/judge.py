@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['AnyPolicy', 'VERSION', 'PREFIX', 'CAPTIONS', 'WEIGHTS', 'policies', 'play', 'fingerprint', 'fingerprints', 'made_by',
-           'kept_records', 'closed_loop', 'dream_length', 'check_measurable', 'save_figure', 'training_curves',
+           'kept_records', 'closed_loop', 'dream_length', 'check_judged', 'save_figure', 'training_curves',
            'save_dreams', 'figures', 'machine', 'kept_measures', 'measured', 'finish', 'gains_of_imagination',
            'write_report', 'check_finished', 'ship']
 
@@ -19,7 +19,6 @@ from datetime import date
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,11 +32,10 @@ from dreamer4_nb.core import (
     save_checkpoint,
     write_json,
 )
-from ..inputs import local_path, read_json, read_json_lines, to_dict
+from ..inputs import available_cores, local_path, read_json, read_json_lines, to_dict
 from ..data.planner import Planner
 from ..data.stores import EpisodeStore
-from ..data.tasks import solved, task_info
-from ..data.windows import index_windows
+from ..data.tasks import task_info
 from ..evaluation.closed_loop import (PlannerPolicy, RandomPolicy, check_fresh, closed_loop_rows,
                                                 evaluate_policy)
 from ..evaluation.metrics import rollout_report, tokenizer_report
@@ -47,8 +45,9 @@ from ..evaluation.statistics import Records, compare
 from ..method.agent import Policy
 from ..method.checkpoints import load_agent, load_dynamics, load_imagination, load_tokenizer
 from ..method.generation import WorldModel
-from .chain import Run, TaskView, by_task, check_run, cores
+from .chain import Run, TaskView, by_task, check_run
 from .folder import ORDER
+from ..training.phases import check_measurable
 
 # %% ../../nbs/51_judge.ipynb #cell-33
 AnyPolicy = Policy | RandomPolicy | PlannerPolicy
@@ -189,23 +188,16 @@ def dream_length(held: EpisodeStore) -> int:
     return min(32, int(held.lengths.max()))
 
 
-def check_measurable(view: TaskView) -> None:
+def check_judged(view: TaskView) -> None:
     """`UserError` if no dream of a task can be measured on its held-out episodes.
 
     Their latents or, before there are any, their frames serve alike."""
-    run = view.run
-    held = (view.latents if run.path("latents").exists() else view.split)[1]
-    length = dream_length(held)
-    if length <= PREFIX:
-        raise UserError(f"the longest held-out episode of {view.task} has {length} frames; a measured dream "
+    held = (view.latents if view.run.path("latents").exists() else view.split)[1]
+    longest = int(held.lengths.max())
+    if longest <= PREFIX:
+        raise UserError(f"the longest held-out episode of {view.task} has {longest} frames; a measured dream "
                         f"is given {PREFIX} and must have more: give longer episodes")
-    index = index_windows(held, length, pad=False)
-    first_frames = index.starts[:, None] + np.arange(PREFIX)
-    rewards = held.arrays.column("rewards")[first_frames]
-    if solved(view.task, rewards).any(1).all():
-        raise UserError(f"in every held-out window of {length} frames the task {view.task} is solved within "
-                        f"the first {PREFIX}, so that no dream can be measured; give episodes that begin "
-                        "unsolved (a reward of 0), or hold out more of them")
+    check_measurable(held, PREFIX, dream_length(held))
 
 
 def save_figure(figure: plt.Figure, path: Path) -> None:
@@ -278,7 +270,7 @@ def machine() -> dict[str, str | int]:
     "What the numbers were made on."
     device = pick_device()
     dtype = str(pick_dtype(device)).removeprefix("torch.")
-    return {"python": platform.python_version(), "torch": torch.__version__, "cores": cores(),
+    return {"python": platform.python_version(), "torch": torch.__version__, "cores": available_cores(),
             "threads": torch.get_num_threads(), "device": str(device), "dtype": dtype,
             "platform": platform.machine()}
 
@@ -333,7 +325,7 @@ def finish(run: Run) -> list[Path]:
     with run.alone():
         check_run(run, "imagination")
         for view in by_task(run):
-            check_measurable(view)
+            check_judged(view)
         run.train("imagination")
         with run.phase("evaluation", f"{episodes} episodes of each policy in the real environment"):
             for view in by_task(run):

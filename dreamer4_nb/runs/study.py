@@ -34,7 +34,7 @@ from ..method.imagination import imagine
 from ..method.streams import inference_bytes
 from .chain import Run, TaskView, by_task
 from .folder import ORDER, PARTS, PhaseNotes
-from .judge import check_measurable, closed_loop, machine, measured
+from .judge import check_judged, closed_loop, machine, measured
 from .presets import Preset, resolve
 
 # %% ../../nbs/52_study.ipynb #cell-8
@@ -278,7 +278,7 @@ def dream_study(run: Run, seeds: int = 2, setting: str = "", value: Any = None) 
         own = branch(run, folder / f"seed{seed}", ORDER[first - 1], seeded(changed, **own_seeds))
         print0(f"{own.folder}")
         for view in by_task(own):
-            check_measurable(view)
+            check_judged(view)
         own.train("dynamics")
         for view in by_task(own):
             row = dream_row(view, seed, setting, value)
