@@ -119,7 +119,7 @@ class DreamFilm:
 class DreamEnv(gymnasium.Env):
     """The dream as a Gymnasium environment: actions in [-1, 1] in, pixels (h, w, 3) uint8 out.
 
-    contexts: latents of episodes. A dream begins with `prefix` frames of one; their tasks set the action size.
+    contexts: latents of episodes. A dream begins with `prefix` of their frames; actions fit their tasks.
     length: steps after which an episode is truncated.
     reward: `reward(h)` gives the reward (1,) from h (1, n_agent, width); without it rewards are 0.
     continues: `continues(h)` gives the probability (1,) of going on; below 0.5 the episode terminates.

@@ -353,7 +353,7 @@ def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore
     Returns
     per_step: `step_metrics` of dream, reconstruction (the ceiling), copy_last and mean_frame (the floors);
     mean: their means over the dreamed steps;
-    action_shuffle_ratio: the latent error under another window's actions, divided by that under the true ones.
+    action_shuffle_ratio: the latent error under another window's actions, divided by that under true ones.
     Raises `UserError` when the stores differ or are too short.
     """
     _check_rollout(store, latents, prefix, length)

@@ -73,7 +73,7 @@ def layer_bytes(transformer: BlockCausalTransformer, frames: int, half: bool, fu
 
     frames: of the clip
     half: whether products are in bfloat16
-    fused: whether attention runs in a GPU's kernel, which writes no weights to memory; a soft cap rules it out
+    fused: whether attention runs in a GPU's kernel, which stores no weights; a soft cap rules it out
     masked: whether time needs a mask"""
     c = transformer.config
     itemsize = 2 if half else 4
@@ -242,7 +242,7 @@ MACHINES = {machine.name: machine for machine in _machines}
 
 
 def pick_machine(machine: str | Machine) -> Machine:
-    "A machine by its name in `MACHINES`; a `Machine` is returned as it is. Raises `UserError` for another name."
+    "A machine by its name in `MACHINES`; a `Machine` is returned as it is. Raises `UserError` otherwise."
     return pick_named("machine", MACHINES, machine)
 
 # %% ../../nbs/46_memory.ipynb #cell-38

@@ -170,7 +170,7 @@ def resolve(preset: Preset) -> Preset:
     one of them was set by hand to another value."""
     widths = tuple(task_info(task).action_dim for task in preset.tasks)
     action_dim = max(widths)
-    action_dims = widths if len(set(widths)) > 1 else ()        # only where they differ: a task ignores what it lacks
+    action_dims = widths if len(set(widths)) > 1 else ()        # only where tasks differ in them
 
     tokenizer = override(preset.tokenizer.model, n_backgrounds=len(preset.tasks))
     dynamics = override(preset.dynamics.model, n_latents=tokenizer.n_latents, d_latent=tokenizer.d_latent,
