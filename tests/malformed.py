@@ -645,7 +645,7 @@ def judge(case: Case, folder: Path) -> None:
         signal.alarm(0)
     right = found in (ANSWERS, REFUSED) if case.expected == EITHER else found == case.expected
     case.outcome = "as expected" if right else found
-    case.said = " | ".join(line.strip() for line in lines)[-500:]
+    case.said = " | ".join(" ".join(lines).split("\n"))[-500:]
     case.seconds = time.perf_counter() - began
 
 

@@ -158,3 +158,11 @@ def test_output_never_dies_of_its_encoding():
     program = "from dreamer4_nb.inputs import tolerant_output; tolerant_output(); print('±→ü')"
     shown = subprocess.run([sys.executable, "-c", program], env={"PYTHONIOENCODING": "ascii", "PATH": ""}, capture_output=True)
     assert (shown.returncode, shown.stdout) == (0, b"???\n")
+
+
+@pytest.mark.parametrize(("given", "expected"), [
+    ({}, "3000 None"), ({"GOMP_SPINCOUNT": "7"}, "7 None"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None ACTIVE")])
+def test_threads_that_wait_leave_their_core_unless_the_user_says_otherwise(given, expected):
+    program = "import dreamer4_nb, os, sys; print(os.environ.get('GOMP_SPINCOUNT'), os.environ.get('OMP_WAIT_POLICY'), 'torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", program], env={"PATH": "", **given}, capture_output=True, text=True)
+    assert shown.stdout == f"{expected} False\n", shown.stderr
