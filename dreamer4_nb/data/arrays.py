@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WIDTHS', 'LIMITS', 'LARGEST', 'LOCK', 'is_url',
-           'one_line', 'store_path', 'filesystem', 'exists', 'open_group', 'create_arrays', 'write_errors',
-           'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal', 'check_seal',
-           'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns', 'finished_lengths',
-           'StoreArrays', 'read_once', 'check_writable', 'check_appendable', 'append_rows', 'finish_store',
-           'create_store', 'open_arrays', 'task_widths', 'JoinedArrays']
+           'one_line', 'store_path', 'filesystem', 'exists', 'remove_store', 'open_group', 'create_arrays',
+           'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
+           'check_seal', 'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns',
+           'finished_lengths', 'StoreArrays', 'read_once', 'check_writable', 'check_appendable', 'append_rows',
+           'finish_store', 'create_store', 'open_arrays', 'task_widths', 'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -81,6 +81,13 @@ def exists(path: str | Path) -> bool:
     except Exception as error:  # each kind of bucket fails in its own way
         raise UserError(f"{path} cannot be reached ({one_line(error)}); "
                         "check the address and your access to it") from error
+
+
+def remove_store(path: str | Path) -> None:
+    "Remove what is at a path or URL, if anything."
+    files, inside = filesystem(path)
+    if files.exists(inside):
+        files.rm(inside, recursive=True)
 
 
 def open_group(path: str | Path, mode: str, **options) -> zarr.Group:
@@ -200,9 +207,8 @@ def atomic_store(path: str | Path, overwrite: bool = False) -> Iterator[str | Pa
     path = store_path(path)
     _refuse_existing(path, overwrite)
     if is_url(path):
-        files, inside = filesystem(path)
-        if overwrite and files.exists(inside):
-            files.rm(inside, recursive=True)
+        if overwrite:
+            remove_store(path)
         yield path
         return
 
@@ -264,10 +270,9 @@ def resumable_store(path: str | Path, overwrite: bool = False) -> Iterator[str |
     """
     path = store_path(path)
     if is_url(path):
-        files, inside = filesystem(path)
         if _is_finished(path):
             _refuse_existing(path, overwrite)
-            files.rm(inside, recursive=True)
+            remove_store(path)
         yield path
         return
 

@@ -82,7 +82,11 @@ def _check_column(name: str, values: np.ndarray, shape: tuple[int, ...], dtype: 
                         "give every field one row per frame, in the store's width")
     if dtype == np.uint8:
         return _check_bytes(name, values)
-    return _check_numbers(name, values, low, high).astype(dtype)
+    numbers = _check_numbers(name, values, low, high)
+    if numbers.size and np.abs(numbers).max() > np.finfo(dtype).max:
+        raise UserError(f"episode: {name} reach {np.abs(numbers).max():.4g}; expected what {np.dtype(dtype)} "
+                        f"can hold, up to {np.finfo(dtype).max:.4g}: scale them")
+    return numbers.astype(dtype)
 
 # %% ../../nbs/29_stores.ipynb #28f8e18f
 def _check_episode_itself(episode: Episode, observation: str, shape: tuple[int, ...]) -> None:
@@ -496,8 +500,12 @@ class EpisodeStore:
         return EpisodeStore(self.arrays, self.index[np.asarray(indices)])
 
     def of_quality(self, *names: str) -> "EpisodeStore":
-        "The episodes of some qualities."
-        return self.subset(np.flatnonzero(np.isin(self.qualities, names)))
+        "The episodes of some qualities. `UserError` if there are none."
+        chosen = np.flatnonzero(np.isin(self.qualities, names))
+        if not len(chosen):
+            raise UserError(f"no episode of quality {' or '.join(names)} in {self.path}; "
+                            f"there are {', '.join(np.unique(self.qualities)) or 'none'}")
+        return self.subset(chosen)
 
     def of_task(self, name: str) -> "EpisodeStore":
         "The episodes of one task. `UserError` if there are none."
