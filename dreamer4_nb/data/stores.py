@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['QUALITIES', 'Episode', 'check_episode', 'append_episodes', 'new_arrays', 'matching_stores', 'open_matching',
-           'episode_rows', 'read_episodes', 'widest_state', 'pick_held_out', 'statistic', 'join_views', 'read_episode',
-           'EpisodeStore', 'seeds_of']
+           'episode_rows', 'read_episodes', 'widest_state', 'pick_held_out', 'statistic', 'join_views', 'positions',
+           'read_episode', 'EpisodeStore', 'seeds_of']
 
 # %% ../../nbs/29_stores.ipynb #cell-2
 import json
+import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -313,6 +314,22 @@ def join_views(stores: "list[EpisodeStore]") -> tuple[JoinedArrays, np.ndarray]:
     return JoinedArrays([store.arrays for store in stores]), index
 
 
+def positions(indices: np.ndarray | Sequence[int], n: int) -> np.ndarray:
+    """Which of n episodes are meant: by their numbers, where -1 is the last, or by a boolean for each.
+
+    `UserError` for other numbers.
+    """
+    given = np.asarray(indices)
+    if given.size == 0 and given.dtype != bool:
+        given = given.astype(np.int64)
+    if given.ndim == 1 and given.dtype == bool and len(given) == n:
+        return np.flatnonzero(given)
+    if given.ndim != 1 or given.dtype.kind not in "iu" or (given < -n).any() or (given >= n).any():
+        raise UserError(f"episodes {reprlib.repr(indices)} of {n} were asked for; expected a list of whole "
+                        f"numbers below {n}, or {n} booleans")
+    return given
+
+
 def read_episode(store: "EpisodeStore") -> Episode:
     "The only episode of a view."
     start = int(store.starts[0])
@@ -496,8 +513,8 @@ class EpisodeStore:
         return read_episode(self.subset([i]))
 
     def subset(self, indices: np.ndarray | Sequence[int]) -> "EpisodeStore":
-        "A view of some episodes (positions in this view, or a boolean array); nothing is copied."
-        return EpisodeStore(self.arrays, self.index[np.asarray(indices)])
+        "A view of some episodes; nothing is copied. For `indices`, and what is refused, see `positions`."
+        return EpisodeStore(self.arrays, self.index[positions(indices, self.n_episodes)])
 
     def of_quality(self, *names: str) -> "EpisodeStore":
         "The episodes of some qualities. `UserError` if there are none."
