@@ -7,8 +7,8 @@ __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WI
            'one_line', 'store_path', 'filesystem', 'exists', 'remove_store', 'open_group', 'create_arrays',
            'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
            'check_seal', 'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns',
-           'finished_lengths', 'StoreArrays', 'read_once', 'check_writable', 'check_appendable', 'append_rows',
-           'finish_store', 'create_store', 'open_arrays', 'task_widths', 'JoinedArrays']
+           'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable', 'check_appendable',
+           'append_rows', 'finish_store', 'create_store', 'open_arrays', 'task_widths', 'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -68,8 +68,8 @@ def filesystem(path: str | Path) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         files, inside = fsspec.core.url_to_fs(str(path))
     except Exception as error:  # each kind of address fails in its own way
-        raise UserError(f"{path} cannot be reached ({one_line(error)}); install the fsspec package for such addresses "
-                        "(s3fs, gcsfs, adlfs), or correct it") from error
+        raise UserError(f"{path} cannot be reached ({one_line(error)}); install the fsspec package for such "
+                        "addresses (s3fs, gcsfs, adlfs), or correct it") from error
     return files, inside.rstrip("/")
 
 
@@ -156,14 +156,16 @@ def _remove_leftovers(path: Path) -> None:
     Those of this machine's dead processes at once; of others, which cannot be asked, after a day.
     """
     yesterday = time.time() - 24 * 3600
-    prefix = f".{path.name}."
+    own_host = f".{socket.gethostname()}"
+    prefix = f".{path.name.lstrip('.')}."
     for left in path.parent.glob(f"{glob.escape(prefix)}*"):
         builder = re.fullmatch(r"(?:(.+)-)?(\d+)-[0-9a-f]+(-old)?", left.name.removeprefix(prefix))
         if builder is None:  # a store that is to be continued
             continue
         host, process, replaced = builder.groups()
         with suppress(FileNotFoundError):  # another process may be removing it as well
-            dead = host == socket.gethostname() and not replaced and not _is_alive(int(process))
+            here = f".{host}".endswith(own_host) and not replaced
+            dead = here and not _is_alive(int(process))
             if dead or left.stat().st_mtime < yesterday:
                 shutil.rmtree(left, ignore_errors=True)
 
@@ -185,7 +187,7 @@ def _move_into_place(beside: Path, path: Path, overwrite: bool) -> None:
         if not path.exists():
             raise
 
-
+# %% ../../nbs/28_arrays.ipynb #aa2da7f0
 def _refuse_existing(path: str | Path, overwrite: bool) -> None:
     "`UserError` if there is something at `path`, without `overwrite`."
     if exists(path) and not overwrite:
@@ -198,8 +200,8 @@ def atomic_store(path: str | Path, overwrite: bool = False) -> Iterator[str | Pa
 
     overwrite: what is at `path`.
 
-    What a kill leaves there is removed by the next build (see `_remove_leftovers`). If two processes build the same path,
-    the first to finish wins and the other discards its copy.
+    What a kill leaves there is removed by the next build. If two processes build the same path, the first to
+    finish wins and the other discards its copy.
     In a bucket nothing can be renamed. There `path` itself is yielded, for one process at a time; what a kill
     leaves is unfinished, `EpisodeStore.open` refuses it, and it has to be removed.
     `UserError` if `path` exists, without `overwrite`, and if it cannot be written.
@@ -214,7 +216,7 @@ def atomic_store(path: str | Path, overwrite: bool = False) -> Iterator[str | Pa
 
     path = Path(path)
     builder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-    beside = path.with_name(f".{path.name}.{builder}")
+    beside = path.with_name(f".{path.name.lstrip('.')}.{builder}")
     with write_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
@@ -248,7 +250,7 @@ def free_lock(lock: FileLock) -> None:
             os.unlink(lock.lock_file)  # while it is held: who waits for it notices
         lock.release()
 
-
+# %% ../../nbs/28_arrays.ipynb #b2baa5be
 def _is_finished(path: str) -> bool:
     "Whether there is a complete store at a URL."
     try:
@@ -350,7 +352,8 @@ def make_seal(path: str | Path, columns: dict[str, zarr.Array], lengths: np.ndar
     return seal
 
 
-def check_seal(path: str | Path, columns: dict[str, zarr.Array], lengths: np.ndarray, attributes: dict) -> None:
+def check_seal(path: str | Path, columns: dict[str, zarr.Array], lengths: np.ndarray,
+               attributes: dict) -> None:
     "`UserError` if a finished store is not what it was; one without a seal is not looked at."
     noted = attributes.get("seal")
     if noted is None:
@@ -380,8 +383,9 @@ def _expect(path: str | Path, key: str, value: Any, fits: bool, expected: str) -
 
 def _are_names(value: Any) -> bool:
     "Whether this is a list of different texts, of one at least."
-    return isinstance(value, list) and all(isinstance(name, str) for name in value) and len(set(value)) > 0 \
-        and len(set(value)) == len(value)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        return False
+    return len(set(value)) == len(value) > 0
 
 
 def check_attributes(path: str | Path, attributes: dict) -> None:
@@ -390,8 +394,8 @@ def check_attributes(path: str | Path, attributes: dict) -> None:
         raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
     version = attributes.get("version")
     if type(version) is not int or version not in (1, VERSION):
-        raise UserError(f"{path} has layout version {reprlib.repr(version)}, this package reads 1 to {VERSION}: "
-                        "make the store again")
+        raise UserError(f"{path} has layout version {reprlib.repr(version)}, this package reads 1 to "
+                        f"{VERSION}: make the store again")
     complete = attributes.get("complete")
     observation = attributes.get("observation")
     _expect(path, "complete", complete, isinstance(complete, bool), "true or false")
@@ -405,36 +409,43 @@ def check_layout(path: str | Path, name: str, column: Any) -> None:
     "`UserError` if an array is not laid out as `create_arrays` does; nothing of it is decoded."
     if not isinstance(column, zarr.Array):
         raise UserError(f"{path}: '{name}' is no array; the store is damaged: make it again")
+
+    def expect(key: str, value: Any, fits: bool, expected: str) -> None:
+        _expect(path, f"array '{name}', {key}", value, fits, expected)
+
     metadata = column.metadata.to_dict()
     codecs = [codec["name"] for codec in metadata["codecs"]]
-    _expect(path, f"array '{name}' with codecs", codecs, codecs == ["bytes", "zstd"], "bytes and zstd")
     endian = metadata["codecs"][0].get("configuration", {}).get("endian", "little")
-    _expect(path, f"array '{name}' with byte order", endian, endian == "little", "little")
+    expect("codecs", codecs, codecs == ["bytes", "zstd"], "bytes and zstd")
+    expect("byte order", endian, endian == "little", "little")
 
+    dtype = str(column.dtype)
     dtypes, rank = KINDS[name]
-    _expect(path, f"array '{name}' of dtype", str(column.dtype), str(column.dtype) in dtypes, " or ".join(dtypes))
-    _expect(path, f"array '{name}' of shape", column.shape, column.ndim == rank, f"{rank} axes")
     chunks = tuple(max(size, 1) for size in column.shape[1:])
-    _expect(path, f"array '{name}' with chunks", column.chunks, column.chunks[1:] == chunks, f"(rows, *{chunks})")
+    expect("dtype", dtype, dtype in dtypes, " or ".join(dtypes))
+    expect("shape", column.shape, column.ndim == rank, f"{rank} axes")
+    expect("chunks", column.chunks, column.chunks[1:] == chunks, f"{('rows', *chunks)}")
+
     keys = metadata["chunk_key_encoding"]
-    expected = {"name": "default", "configuration": {"separator": "/"}}
-    _expect(path, f"array '{name}' with chunk names", keys, keys == expected, "the default ones")
-    _expect(path, f"array '{name}' with transformers", metadata.get("storage_transformers"),
-            not metadata.get("storage_transformers"), "none")
+    default = {"name": "default", "configuration": {"separator": "/"}}
+    transformers = metadata.get("storage_transformers")
+    expect("chunk names", keys, keys == default, "the default ones")
+    expect("transformers", transformers, not transformers, "none")
 
 # %% ../../nbs/28_arrays.ipynb #acda8ac5
 # Attributes that note how wide a column is of each task.
 WIDTHS = {"action_dims": "actions", "state_dims": "states"}
 # The least and the largest value of a column; of the others any finite number.
-LIMITS = {"actions": (-1, 1), "intended": (-1, 1), "continues": (0, 1), "labelled": (0, 1), "seed": (-1, 2**63),
-          "lengths": (1, 2**31)}
+LIMITS = {"actions": (-1, 1), "intended": (-1, 1), "continues": (0, 1), "labelled": (0, 1),
+          "seed": (-1, 2**63), "lengths": (1, 2**31)}
 LARGEST = float(np.finfo(np.float32).max)
 
 
 def check_widths(path: str | Path, attributes: dict, columns: dict[str, zarr.Array]) -> None:
     "`UserError` if the widths that a store notes, or its mean and std of latents, do not fit its columns."
     if columns["actions"].shape[1] != columns["intended"].shape[1]:
-        raise UserError(f"{path}: actions and intended have different widths; the store is damaged: make it again")
+        raise UserError(f"{path}: actions and intended have different widths; the store is damaged: "
+                        "make it again")
     for key, name in WIDTHS.items():
         noted = attributes.get(key, {})
         width = columns[name].shape[1]
@@ -448,8 +459,9 @@ def check_widths(path: str | Path, attributes: dict, columns: dict[str, zarr.Arr
             numbers = np.array(value, np.float64)
         except (TypeError, ValueError):
             numbers = np.array(np.nan)
-        fits = numbers.shape == shape and np.isfinite(numbers).all() and (key == "mean" or (numbers >= 0).all())
-        _expect(path, key, value, bool(fits), f"finite numbers of shape {shape}")
+        fits = numbers.shape == shape and bool(np.isfinite(numbers).all())
+        fits = fits and (key == "mean" or bool((numbers >= 0).all()))
+        _expect(path, key, value, fits, f"finite numbers of shape {shape}")
 
 
 def check_values(path: str | Path, name: str, values: np.ndarray, attributes: dict) -> None:
@@ -464,8 +476,8 @@ def check_values(path: str | Path, name: str, values: np.ndarray, attributes: di
     least = float(values.min())
     largest = float(values.max())
     if not (low - slack <= least and largest <= high + slack):  # also where they are NaN
-        raise UserError(f"{path}: {name} reach from {least:.4g} to {largest:.4g}; expected {low:.4g} to {high:.4g}: "
-                        "the store is damaged or was not written by this package, make it again")
+        raise UserError(f"{path}: {name} reach from {least:.4g} to {largest:.4g}; expected {low:.4g} to "
+                        f"{high:.4g}: the store is damaged or was not written by this package, make it again")
 
 # %% ../../nbs/28_arrays.ipynb #fb311c14
 _OPENING = threading.Lock()  # while zarr's settings, which all threads share, are changed
@@ -548,14 +560,7 @@ class StoreArrays:
 
     def read(self, name: str, start: int, stop: int) -> np.ndarray:
         "Rows `start` to `stop` - 1 of a column. `UserError` if they are damaged."
-        try:
-            rows = np.asarray(self.zarrs[name][start:stop])
-        except Exception as error:  # zarr's codecs fail in their own ways
-            raise UserError(f"{self.path}: rows {start}..{stop} of '{name}' cannot be read "
-                            f"({type(error).__name__}); the store is damaged: "
-                            "remove it and make it again") from error
-        check_values(self.path, name, rows, self.attributes)
-        return rows
+        return read_rows(self, name, start, stop)
 
     def column(self, name: str) -> np.ndarray:
         "A whole column, read once."
@@ -574,6 +579,18 @@ class StoreArrays:
             self._free()
 
 # %% ../../nbs/28_arrays.ipynb #ed0b0b8f
+def read_rows(arrays: StoreArrays, name: str, start: int, stop: int) -> np.ndarray:
+    "Rows `start` to `stop` - 1 of a column. `UserError` if they are damaged, or what no episode may hold."
+    try:
+        rows = np.asarray(arrays.zarrs[name][start:stop])
+    except Exception as error:  # zarr's codecs fail in their own ways
+        raise UserError(f"{arrays.path}: rows {start}..{stop} of '{name}' cannot be read "
+                        f"({type(error).__name__}); the store is damaged: "
+                        "remove it and make it again") from error
+    check_values(arrays.path, name, rows, arrays.attributes)
+    return rows
+
+
 def read_once(arrays: StoreArrays, name: str) -> np.ndarray:
     "A whole column, from `arrays.columns` if it has been read before."
     if name not in arrays.columns:
@@ -657,20 +674,11 @@ def create_store(path: str | Path, *layout: Any) -> StoreArrays:
     if exists(path):
         raise UserError(f"{path} exists; open it with EpisodeStore.open(path, 'a') to append, "
                         "or remove it")
-    lock = None
-    with write_errors(path):
-        if not is_url(path):
-            Path(path).mkdir(parents=True)
-            lock = lock_file(Path(path) / LOCK, path)
-        try:
-            group = create_arrays(path, *layout)
-            return StoreArrays(path, group, "a", lock)
-        except BaseException:
-            if not is_url(path):
-                shutil.rmtree(path, ignore_errors=True)
-            raise
+    with atomic_store(path) as beside:
+        create_arrays(beside, *layout)
+    return _opened(path, "a")
 
-
+# %% ../../nbs/28_arrays.ipynb #86f5a77c
 def open_arrays(path: str | Path, mode: str) -> StoreArrays:
     """The arrays of an existing store.
 

@@ -65,7 +65,7 @@ class Moments:
 
 # %% ../../nbs/30_latents.ipynb #eb446df8
 def _noted(store: EpisodeStore, attributes: dict) -> dict:
-    "What the store of the latents of `store` says about itself besides `attributes`: tasks, qualities, widths."
+    "What a store of the latents of `store` notes besides `attributes`: tasks, qualities, widths."
     known = store.attributes
     inherited = {key: known[key] for key in ("tasks", "qualities", "state_dims") if key in known}
     return inherited | {"action_dims": store.action_dims} | attributes
@@ -97,7 +97,9 @@ def _is_part(out: EpisodeStore, store: EpisodeStore, noted: dict) -> bool:
         return False
     begun = store.subset(np.arange(len(out)))
     same = np.array_equal(out.lengths, begun.lengths) and np.array_equal(out.seeds, begun.seeds)
-    return same and all(np.array_equal(out.column(name), begun.column(name)) for name in ("actions", "rewards"))
+    for name in ("actions", "rewards"):
+        same = same and np.array_equal(out.column(name), begun.column(name))
+    return same
 
 
 def _stored_group(out: EpisodeStore, group: list[int]) -> Tensor:
@@ -111,7 +113,7 @@ def _unfinished(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: s
                 groups: list[list[int]], noted: dict) -> EpisodeStore | None:
     """The store that an interrupted encoding left at `path`, for appending; None if it left none of use.
 
-    It is of use if it has the same episodes, and the first group encoded anew gives the latents that it holds.
+    It is of use if it has the same episodes, and the first group encoded anew gives the latents that it has.
     """
     if not exists(path):
         return None
@@ -126,7 +128,7 @@ def _unfinished(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: s
     remove_store(path)
     return None
 
-
+# %% ../../nbs/30_latents.ipynb #3c8a40a4
 def encode_latents(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: str | Path, batch: int = 8,
                    overwrite: bool = False, progress: bool = True, **attributes) -> EpisodeStore:
     """The same episodes as latents (N, n, d) float16, with the `mean` and `std` (n, d) of their values.

@@ -347,8 +347,8 @@ class EpisodeStore:
     `actions` and `intended` (N, A), `rewards` and `continues` (N,), `states` (N, S).
     One entry per episode is in `lengths`, `task`, `quality`, `labelled` and `seed`.
     An append that is cut off at any moment leaves the episodes before it intact.
-    One writer at a time: a lock keeps others out of a folder until `finish`, or until the writer's process ends.
-    Behind a URL nothing does.
+    One writer at a time: a lock keeps others out of a folder until `finish`, or until its process ends. Behind
+    a URL nothing does.
 
     Of several stores, tasks and qualities are the union and actions as wide as the widest, the rest zero.
     States are as wide as those of the view's widest task, so that a view of one task, and every single

@@ -143,7 +143,8 @@ def weighted_chances(episode_index: np.ndarray, weights: np.ndarray, n_episodes:
     try:
         weights = np.asarray(weights, np.float64)
     except (TypeError, ValueError):
-        raise UserError(f"weights are {reprlib.repr(weights)}; expected one number for each episode") from None
+        raise UserError(f"weights are {reprlib.repr(weights)}; "
+                        "expected one number for each episode") from None
     if weights.shape != (n_episodes,):
         raise UserError(f"weights have shape {weights.shape}; "
                         f"expected one for each of the {n_episodes} episodes")
