@@ -18,10 +18,10 @@ import zarr
 from helpers.toy_stores import make
 
 from dreamer4_nb.core import UserError, to_float
-from dreamer4_nb.data.arrays import atomic_store
+from dreamer4_nb.data.arrays import atomic_store, resumable_store
 from dreamer4_nb.data.latents import encode_latents
 from dreamer4_nb.data.mixtures import Mixture
-from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.data.stores import Episode, EpisodeStore, verify
 from dreamer4_nb.data.windows import Windows
 
 COLUMNS = ("frames", "actions", "intended", "rewards", "continues", "states")
@@ -161,6 +161,15 @@ def test_chunks_that_changed_places_are_found(tmp_path, name):
     chunks[0].write_bytes(second)
     chunks[1].write_bytes(first)
     refuse(EpisodeStore.open, path, match=f"{name} changed")
+
+
+def test_verify_compares_a_store_behind_an_address_with_its_seal(tmp_path):
+    small(tmp_path / "a.zarr", n=210)
+    address = f"file://{tmp_path}/a.zarr"
+    verify(EpisodeStore.open(address))
+    first, second = (tmp_path / "a.zarr" / "rewards" / "c" / name for name in "01")
+    shutil.copy(first, second)
+    refuse(verify, EpisodeStore.open(address), match="rewards changed")
 
 
 def test_an_append_to_a_finished_store_breaks_its_seal_and_finish_makes_it_anew(tmp_path):
@@ -313,7 +322,6 @@ print(begun, flush=True)
 
 
 def test_an_unfinished_store_is_kept_after_a_kill_and_continued(tmp_path):
-    from dreamer4_nb.data.arrays import resumable_store
     path = tmp_path / "a.zarr"
     first = start(COLLECTOR, path, 2)
     refuse(resumable_store(path).__enter__, match="another process writes")

@@ -8,7 +8,8 @@ __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WI
            'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
            'check_seal', 'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns',
            'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable', 'check_appendable',
-           'append_rows', 'finish_store', 'create_store', 'open_arrays', 'task_widths', 'JoinedArrays']
+           'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_arrays', 'task_widths',
+           'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -637,15 +638,19 @@ def append_rows(arrays: StoreArrays, rows: dict[str, np.ndarray], attributes: di
             column[start:stop] = np.asarray(values, column.dtype)
 
 
+def stored_columns(arrays: StoreArrays) -> dict[str, zarr.Array]:
+    "The columns that are in a store, by name: all, but for the seeds that version 1 lacks."
+    return {name: column for name, column in arrays.zarrs.items() if isinstance(column, zarr.Array)}
+
+
 def finish_store(arrays: StoreArrays) -> None:
     "Mark a store complete, and seal it. `UserError` if it is empty, or open for reading."
     check_writable(arrays)
     if not len(arrays.lengths):
         raise UserError(f"{arrays.path} holds no episode; append some before finish()")
     attributes = arrays.attributes | {"complete": True}
-    columns = {name: column for name, column in arrays.zarrs.items() if isinstance(column, zarr.Array)}
     with write_errors(arrays.path):
-        seal = make_seal(arrays.path, columns, arrays.lengths, attributes)
+        seal = make_seal(arrays.path, stored_columns(arrays), arrays.lengths, attributes)
         arrays.group.attrs.update({"complete": True, "seal": seal})
 
 # %% ../../nbs/28_arrays.ipynb #986c18fe

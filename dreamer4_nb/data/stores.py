@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['QUALITIES', 'Episode', 'check_episode', 'append_episodes', 'new_arrays', 'matching_stores', 'open_matching',
            'episode_rows', 'read_episodes', 'widest_state', 'pick_held_out', 'statistic', 'join_views', 'positions',
-           'read_episode', 'EpisodeStore', 'seeds_of']
+           'read_episode', 'EpisodeStore', 'verify', 'seeds_of']
 
 # %% ../../nbs/29_stores.ipynb #cell-2
 import json
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ..core import UserError
 from ..inputs import COUNT, NATURAL, SEED, SHARE
-from .arrays import (KINDS, PER_ROW, JoinedArrays, StoreArrays, check_appendable, create_store,
-                                     filesystem, is_url, one_line, open_arrays, task_widths)
+from .arrays import (KINDS, PER_ROW, ROWS, JoinedArrays, StoreArrays, check_appendable,
+                                     check_seal, create_store, filesystem, is_url, one_line, open_arrays,
+                                     stored_columns, task_widths)
 
 # %% ../../nbs/29_stores.ipynb #cell-10
 QUALITIES = ("expert", "medium", "poor", "random", "unknown")
@@ -347,8 +348,8 @@ class EpisodeStore:
     `actions` and `intended` (N, A), `rewards` and `continues` (N,), `states` (N, S).
     One entry per episode is in `lengths`, `task`, `quality`, `labelled` and `seed`.
     An append that is cut off at any moment leaves the episodes before it intact.
-    One writer at a time: a lock keeps others out of a folder until `finish`, or until its process ends. Behind
-    a URL nothing does.
+    One writer at a time: a lock keeps others out of a folder until `finish`, or until its process ends.
+    Behind a URL nothing does.
 
     Of several stores, tasks and qualities are the union and actions as wide as the widest, the rest zero.
     States are as wide as those of the view's widest task, so that a view of one task, and every single
@@ -535,6 +536,19 @@ class EpisodeStore:
         "Two views by whole episodes, (training, held out); see `pick_held_out`."
         out = pick_held_out(self.task_ids, held_out, seed)
         return self.subset(~out), self.subset(out)
+
+# %% ../../nbs/29_stores.ipynb #ee09d2fe
+def verify(store: EpisodeStore) -> None:
+    """Read everything in the stores behind a view, and compare it with their seals.
+
+    `UserError` if something is damaged, or is what no episode may hold.
+    """
+    arrays = store.arrays
+    for part in (arrays.parts if isinstance(arrays, JoinedArrays) else [arrays]):
+        check_seal(part.path, stored_columns(part), part.lengths, part.attributes)
+        for name in (part.observation, *PER_ROW):
+            for start in range(0, part.n_rows, 64 * ROWS):
+                part.read(name, start, min(start + 64 * ROWS, part.n_rows))
 
 # %% ../../nbs/29_stores.ipynb #4b3fc29a
 def seeds_of(store: EpisodeStore, task: str) -> np.ndarray:
