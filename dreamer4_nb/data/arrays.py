@@ -405,7 +405,7 @@ def check_attributes(path: str | Path, attributes: dict) -> None:
         names = attributes.get(key)
         _expect(path, key, names, _are_names(names), "a list of different names")
 
-
+# %% ../../nbs/28_arrays.ipynb #98a651a3
 def check_layout(path: str | Path, name: str, column: Any) -> None:
     "`UserError` if an array is not laid out as `create_arrays` does; nothing of it is decoded."
     if not isinstance(column, zarr.Array):
