@@ -54,7 +54,7 @@ def _fault_of_shape(data: dict[str, np.ndarray]) -> str:
             return f"{name} has shape {data[name].shape}, where lengths want {shape}"
     return ""
 
-
+# %% ../../nbs/33_demonstrations.ipynb #2d3d8a0f
 def _fault(data: dict[str, np.ndarray]) -> str:
     "What is wrong with the columns of a file of demonstrations; empty if nothing is."
     fault = _fault_of_shape(data)
@@ -73,7 +73,7 @@ def _fault(data: dict[str, np.ndarray]) -> str:
         return "seeds reach beyond 0 to 2^32 - 1"
     return ""
 
-
+# %% ../../nbs/33_demonstrations.ipynb #e0160c1b
 def read_demonstrations(path: str | Path, remedy: str) -> dict[str, np.ndarray]:
     """The columns of a file that `save_demonstrations` wrote, by name. Nothing in it is ever run.
 
@@ -347,7 +347,8 @@ class Collection:
         They are the same whatever `done` is. progress: show a bar.
         """
         starts = range(done // PIECE * PIECE, len(self.seeds), PIECE)
-        for start in tqdm(starts, desc=f"collecting {len(self.seeds) - done} episodes", disable=not progress):
+        what = f"collecting {len(self.seeds) - done} episodes"
+        for start in tqdm(starts, desc=what, disable=not progress):
             seeds = self.seeds[start:start + PIECE]
             planner = Planner(self.task, candidates=self.candidates, seed=seeds[0])
             piece = collect_episodes(self.task, len(seeds), self.decisions, seeds[0], self.quality, planner)

@@ -122,7 +122,6 @@ class _DrawingThread:
         self.thread: threading.Thread | None = None
         self.forked = False  # this process is a copy of one that had drawn; its thread is not in the copy
         self.lock = threading.Lock()
-        self.renderers: list[mujoco.Renderer] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         "`function(*arguments)`, called in the drawing thread. `UserError` in a forked process."
@@ -177,16 +176,14 @@ def _renderer(domain: str, name: str, image: int) -> mujoco.Renderer:
         raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={_GL}: {_GL_PROBLEM or error}); "
                         "type: sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    _drawing.renderers.append(renderer)
+    atexit.register(_close, renderer)  # now, to be called before EGL ends
     return renderer
 
 
-@atexit.register
-def _free_renderers() -> None:
-    "At the end of the process, in the thread that made them. A forked process has none of its own."
+def _close(renderer: mujoco.Renderer) -> None:
+    "Free a context in the thread that made it. A forked process has none of its own."
     if not _drawing.forked:
-        for renderer in _drawing.renderers:
-            _drawing(renderer.close)
+        _drawing(renderer.close)
 
 
 def _draw_frame(info: TaskInfo, image: int, data: mujoco.MjData) -> np.ndarray:
@@ -488,7 +485,7 @@ def _return_workers(workers: list[_Worker]) -> None:
     "Keep processes for the next use."
     _idle.extend(worker for worker in workers if worker.is_alive())
 
-
+# %% ../../nbs/26_envs.ipynb #06ab929c
 def _ask(workers: list[_Worker], name: str, arguments: list[tuple]) -> list:
     """Send one request to each worker, then collect every answer.
 
@@ -523,7 +520,7 @@ def check_seeds(seeds: Iterable[int]) -> list[int]:
     "Seeds as a list; `UserError` if one is no whole number from 0 to 2^32 - 1."
     return [int(SEED.check("seed", seed)) for seed in seeds]
 
-
+# %% ../../nbs/26_envs.ipynb #5479b16f
 class VectorEnv:
     """One environment per seed, spread over worker processes that step and draw.
 
