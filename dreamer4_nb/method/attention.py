@@ -29,11 +29,11 @@ class TransformerConfig:
     width: Count = 128
     depth: Count = 4
     heads: Count = 4
-    kv_heads: Count = 2        # GQA: heads that share keys and values
+    kv_heads: Count = 2         # GQA: heads that share keys and values
     mlp_ratio: Positive = 2.67  # hidden width of the MLP, in widths
-    time_every: Count = 2      # every n-th layer looks along time, the others inside the frame
-    context: Count = 32        # frames a time layer sees, the current one included
-    softcap: NotNegative = 0.0     # bound of the attention logits; 0 = none
+    time_every: Count = 2       # every n-th layer looks along time, the others inside the frame
+    context: Count = 32         # frames a time layer sees, the current one included
+    softcap: NotNegative = 0.0  # bound of the attention logits; 0 = none
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -38,8 +38,8 @@ class TokenizerConfig:
     patch: Count = 8
     n_latents: Count = 8
     d_latent: Count = 32
-    mask_max: Share = 0.9           # per image, drop probability p ~ U(0, mask_max)
-    mask_tube: bool = False         # one mask for the whole clip instead of one a frame
+    mask_max: Share = 0.9                 # per image, drop probability p ~ U(0, mask_max)
+    mask_tube: bool = False               # one mask for the whole clip instead of one a frame
     # how much more a pixel counts that is far from its own average, in the frame
     gain: NotNegative = 5.0
     output_weight: NotNegative = 0.1      # the same for such a pixel of the output, as a share of `gain`
@@ -48,7 +48,7 @@ class TokenizerConfig:
     latent_std_weight: NotNegative = 3.0  # weight of the distance from it; 0 = none
     # weight of changes from frame to frame, in both parts of training
     slowness: tuple[NotNegative, NotNegative] = (0.02, 0.5)
-    n_backgrounds: Count = 1          # mean frames to tell apart: one for each task
+    n_backgrounds: Count = 1              # mean frames to tell apart: one for each task
     # standard deviation of the noise on the latents that the decoder trains with
     latent_noise: NotNegative = 0.0
     transformer: TransformerConfig = TransformerConfig(width=128, depth=3, heads=4, kv_heads=4, time_every=2,

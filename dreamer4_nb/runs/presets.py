@@ -30,11 +30,11 @@ class TokenizerPhase:
     "Phase 1a: frames become latents (notebook 07)."
     model: TokenizerConfig = TokenizerConfig()
     train: TrainConfig = TrainConfig()
-    batch: Count = 4              # clips in a batch
-    length: Count = 8             # frames in a clip
-    focus: Share = 0.7          # share of clips drawn from where the task is not yet solved
-    perceptual: NotNegative = 0.2     # weight of LPIPS, or of its substitute without a trunk (notebook 07)
-    slow_steps: Natural = 2000      # steps after those of `train`, in which latents become slow
+    batch: Count = 4               # clips in a batch
+    length: Count = 8              # frames in a clip
+    focus: Share = 0.7             # share of clips drawn from where the task is not yet solved
+    perceptual: NotNegative = 0.2  # weight of LPIPS, or of its substitute without a trunk (notebook 07)
+    slow_steps: Natural = 2000     # steps after those of `train`, in which latents become slow
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -47,9 +47,9 @@ class DynamicsPhase:
     Sizes of latents and actions come from the tokenizer and the tasks."""
     model: DynamicsConfig = DynamicsConfig()
     train: TrainConfig = TrainConfig()
-    batch: Count = 16       # windows in a batch
-    length: Count = 32      # frames in a window
-    focus: Share = 0.7    # share of windows drawn from where the task is not yet solved
+    batch: Count = 16   # windows in a batch
+    length: Count = 32  # frames in a window
+    focus: Share = 0.7  # share of windows drawn from where the task is not yet solved
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -62,10 +62,11 @@ class AgentPhase:
     Width, tasks and action size come from the dynamics."""
     model: AgentConfig = AgentConfig()
     train: TrainConfig = TrainConfig()
-    batch: Count = 32           # windows in a batch, half of them from expert and medium episodes
-    length: Count = 24          # frames in a window
-    focus: Share = 0.7        # share of windows drawn from where the task is not yet solved
-    labels: Literal["intended", "executed"] = "intended"  # which actions are cloned: "intended" by the demonstrator, or "executed"
+    batch: Count = 32   # windows in a batch, half of them from expert and medium episodes
+    length: Count = 24  # frames in a window
+    focus: Share = 0.7  # share of windows drawn from where the task is not yet solved
+    # which actions are cloned: "intended" by the demonstrator, or "executed"
+    labels: Literal["intended", "executed"] = "intended"
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -76,8 +77,8 @@ class ImaginationPhase:
     "Phase 3: reinforcement learning inside the dream (notebook 11)."
     model: ImaginationConfig = ImaginationConfig()
     train: TrainConfig = TrainConfig()
-    batch: Count = 64       # dreams in a batch
-    focus: Share = 0.7    # share of dreams begun where the task is not yet solved
+    batch: Count = 64   # dreams in a batch
+    focus: Share = 0.7  # share of dreams begun where the task is not yet solved
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -89,13 +90,13 @@ Readout = Literal["sample", "mean", "mode"]  # how the policy's action is read
 @dataclass(frozen=True)
 class EvaluationPhase:
     "Closed loop in the real environment, and the quality of dreams on held-out episodes (notebook 43)."
-    episodes: Count = 100                   # episodes of every policy, on the same seeds
-    decisions: Count = 125                  # length of an episode
+    episodes: Count = 100                               # episodes of every policy, on the same seeds
+    decisions: Count = 125                              # length of an episode
     readouts: tuple[Readout, ...] = ("sample", "mean")  # how the policy's action is read: sample, mean, mode
-    first_seed: Seed = 10_000              # seeds first_seed, first_seed + 1, ...
-    demonstrator: Natural = 30                # episodes of the planner; 0 = leave it out
-    dreams: Count = 32                      # held-out windows on which dreams are measured
-    videos: Natural = 3                       # episodes shown in the report
+    first_seed: Seed = 10_000                           # seeds first_seed, first_seed + 1, ...
+    demonstrator: Natural = 30                          # episodes of the planner; 0 = leave it out
+    dreams: Count = 32                                  # held-out windows on which dreams are measured
+    videos: Natural = 3                                 # episodes shown in the report
 
     def __post_init__(self) -> None:
         check_fields(self)
