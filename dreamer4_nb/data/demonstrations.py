@@ -363,8 +363,8 @@ def _check_same(path: str | Path, begun: JsonDict | None, wanted: Collection) ->
     begun = begun or {}
     others = [f"{name} {begun.get(name)} there, {value} here" for name, value in settings.items()
               if begun.get(name) != value]
-    raise UserError(f"{path} was begun with other settings ({'; '.join(others)}); give the same ones to go on, "
-                    "remove it, or choose another name")
+    raise UserError(f"{path} was begun with other settings ({'; '.join(others)}); "
+                    "give the same ones to go on, remove it, or choose another name")
 
 
 def _unfinished_store(path: str | Path, wanted: Collection) -> EpisodeStore:
@@ -417,7 +417,8 @@ def _collect_npz(path: Path, wanted: Collection, progress: bool) -> list[np.ndar
     return [episode["rewards"] for episode in episodes]
 
 
-def collect(path: str | Path, wanted: Collection, workers: int = 2, progress: bool = True) -> list[np.ndarray]:
+def collect(path: str | Path, wanted: Collection, workers: int = 2,
+            progress: bool = True) -> list[np.ndarray]:
     """Let the planner demonstrate, and keep its episodes. Stop it at any moment, and the same call goes on.
 
     path: of a .zarr, here or at an address, which gets frames as well; or of an .npz, here, which gets states

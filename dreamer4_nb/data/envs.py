@@ -299,9 +299,7 @@ class Env:
 
     def render(self) -> np.ndarray | None:
         "The frame of the present state (h, w, 3) uint8; None if the environment was made with `image=None`."
-        if self.image is None:
-            return None
-        return _drawing(_draw_frame, self.info, self.image, self.data)
+        return None if self.image is None else _drawing(_draw_frame, self.info, self.image, self.data)
 
     def state(self) -> np.ndarray:
         "Positions, velocities and, where an episode places its target, its x and y: (S,) float64."
@@ -511,14 +509,26 @@ def _ask(workers: list[_Worker], name: str, arguments: list[tuple]) -> list:
     return [value for _, value in answers]
 
 
+def _make_envs(workers: list[_Worker], arguments: list[tuple]) -> None:
+    "Have workers make their environments. If that is refused, they are kept for the next use."
+    try:
+        _ask(workers, "make", arguments)
+    except BaseException:
+        _return_workers(workers)
+        raise
+
+
 def _sent(task: str) -> TaskInfo:
     "What a worker needs to know of a task, which may be one that the caller added to `TASKS`."
     return replace(task_info(task), score=None, settled=None)
 
 # %% ../../nbs/26_envs.ipynb #cell-56
 def check_seeds(seeds: Iterable[int]) -> list[int]:
-    "Seeds as a list; `UserError` if one is no whole number from 0 to 2^32 - 1."
-    return [int(SEED.check("seed", seed)) for seed in seeds]
+    "Seeds as a list; `UserError` if there is none, or if one is no whole number from 0 to 2^32 - 1."
+    checked = [int(SEED.check("seed", seed)) for seed in seeds]
+    if not checked:
+        raise UserError("no seeds; expected one seed per environment")
+    return checked
 
 # %% ../../nbs/26_envs.ipynb #5479b16f
 class VectorEnv:
@@ -537,17 +547,10 @@ class VectorEnv:
                  repeat: int | None = None, time_limit_decisions: int | None = None):
         self.info = task_info(task)
         self.seeds = check_seeds(seeds)
-        COUNT.check("workers", workers)
-        if not self.seeds:
-            raise UserError("no seeds; expected one seed per environment")
-        self.workers = _take_workers(min(workers, len(self.seeds)))
+        self.workers = _take_workers(min(COUNT.check("workers", workers), len(self.seeds)))
         self.parts = np.array_split(np.arange(len(self.seeds)), len(self.workers))
         asked = (image, repeat, time_limit_decisions)
-        try:
-            _ask(self.workers, "make", [(task, _sent(task), own, *asked) for own in self._split(self.seeds)])
-        except BaseException:
-            self.close()
-            raise
+        _make_envs(self.workers, [(task, _sent(task), own, *asked) for own in self._split(self.seeds)])
 
     def _split(self, values: list) -> list[list]:
         "The values of each worker's environments."
