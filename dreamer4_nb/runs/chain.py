@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Split', 'DOES', 'pick_threads', 'open_episodes', 'phase_arguments', 'to_device', 'read_config', 'expected_models',
-           'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'missing',
+           'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in', 'missing',
            'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run', 'make_part', 'phase_inputs',
            'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
 
@@ -120,7 +120,7 @@ def check_weights(path: Path, expected: dict[str, Any]) -> None:
             raise UserError(f"{path} is of another model: {reason}; choose another --run, or the settings "
                             "that it was made with")
 
-
+# %% ../../nbs/50_chain.ipynb #1ec29e56
 def check_part(notes: PhaseNotes, preset: Preset, name: str) -> None:
     """`UserError` if a part in a folder was made with other settings, or its weights are of another model.
 
@@ -191,17 +191,9 @@ class Run:
         "Where a part is kept."
         return self.folder / ("latents.zarr" if name == "latents" else f"{name}.safetensors")
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """The folder is this run's as long as this lasts, and its `config.json` says so.
-
-        `UserError` if another process is at work there, or has made a part with other settings."""
-        outermost = not self.notes.lock.is_locked
-        with self.notes.alone():
-            if outermost and process_rank() == 0:
-                check_parts(self.notes, self.preset)
-                write_json(self.folder / "config.json", to_dict(self.asked))
-            yield
+    def alone(self) -> AbstractContextManager[None]:
+        "A context in which the folder is this run's: see `alone_in`."
+        return alone_in(self)
 
     def phase(self, name: str, what: str) -> AbstractContextManager[None]:
         "A context in which a phase does its work: see `PhaseNotes.phase`."
@@ -242,6 +234,19 @@ class Run:
     def world(self) -> WorldModel:
         "The world in which phase 3 dreams and the policy acts: tokenizer and dynamics of phase 2."
         return WorldModel(self.tokenizer, self.agent[0]).eval()
+
+# %% ../../nbs/50_chain.ipynb #a36ef014
+@contextmanager
+def alone_in(run: Run) -> Iterator[None]:
+    """The folder is the run's as long as this lasts, and its `config.json` says so.
+
+    `UserError` if another process is at work there, or has made a part with other settings."""
+    outermost = not run.notes.lock.is_locked
+    with run.notes.alone():
+        if outermost and process_rank() == 0:
+            check_parts(run.notes, run.preset)
+            write_json(run.folder / "config.json", to_dict(run.asked))
+        yield
 
 # %% ../../nbs/50_chain.ipynb #0861318a
 def missing(run: Run, name: str) -> UserError:

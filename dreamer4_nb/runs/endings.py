@@ -40,8 +40,8 @@ def typed_command(arguments: list[str]) -> str:
 
 # %% ../../nbs/53_endings.ipynb #c09b2ed8
 # Errors of the system that name their own remedy: room, permission, another name.
-PLAIN_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-                errno.ENAMETOOLONG, errno.EMFILE}
+PLAIN_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+                errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
 
 
 def say(text: str) -> None:

@@ -400,8 +400,9 @@ def ship(folder: Path, assets: Path, results: Path) -> list[Path]:
     with tempfile.TemporaryDirectory(prefix=".ship-", dir=assets) as beside:
         for name, path in zip(WEIGHTS, written):
             state, config = load_checkpoint(folder / f"{name}.safetensors")
-            state = {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-            save_checkpoint(Path(beside) / path.name, state, config)
+            halved = {key: value.half() if value.is_floating_point() else value
+                      for key, value in state.items()}
+            save_checkpoint(Path(beside) / path.name, halved, config)
         write_json(results, found)
         for path in written:
             os.replace(Path(beside) / path.name, path)
