@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'NATURAL', 'SEED', 'POSITIVE', 'NOT_NEGATIVE', 'SHARE', 'DECAY', 'Count', 'Natural', 'Seed', 'Positive',
-           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'Range', 'check_fields', 'IsDataclass', 'to_dict',
-           'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path', 'environment_number',
-           'available_cores', 'tolerant_output']
+           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'FREE_SETTINGS', 'Range', 'check_fields',
+           'IsDataclass', 'to_dict', 'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path',
+           'environment_number', 'available_cores', 'tolerant_output']
 
 # %% ../nbs/21_inputs.ipynb #7a02833b
 import dataclasses
@@ -175,11 +175,15 @@ def _restore_union(kinds: tuple[object, ...], value: Any, where: str) -> Any:
 
 def _restore_tuple(kinds: tuple[object, ...], value: list[Any], where: str) -> tuple[Any, ...]:
     "A tuple of the types `kinds`; of any where there are none; of one where the second is `...`."
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} is {value!r}; expected a list of values")
     if not kinds:
         kinds = (Any,) * len(value)
     elif len(kinds) == 2 and kinds[1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
-    return tuple(_restore(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if len(kinds) != len(value):
+        raise UserError(f"{where} has {len(value)} values; expected {len(kinds)}")
+    return tuple(_restore(kind, item, where) for kind, item in zip(kinds, value))
 
 # %% ../nbs/21_inputs.ipynb #13f7fed3
 FORMER_NAMES = {
@@ -187,6 +191,10 @@ FORMER_NAMES = {
     "scenes": "n_backgrounds", "settle": "slow_steps", "short": "short_clip_length",
     "spread": "latent_std", "spread_weight": "latent_std_weight",
 }
+
+
+# Of training: what changes nothing in what is made. A run may go on with other ones.
+FREE_SETTINGS = ("device", "compile", "recompute", "shard", "log_every", "save_every")
 
 
 def current_names(settings: Any) -> Any:
