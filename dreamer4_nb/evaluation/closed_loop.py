@@ -42,7 +42,7 @@ class RandomPolicy:
 
 # %% ../../nbs/43_closed_loop.ipynb #cell-43
 class PlannerPolicy:
-    "The demonstrator of notebook 27, which reads the simulator's state instead of the frames."
+    "The demonstrator (27_planner), which reads the simulator's state instead of the frames."
     name = "planner"
     sees = "states"
 
