@@ -131,7 +131,7 @@ def test_what_killed_processes_left_is_cleared(data, tmp_path):
     run.folder.mkdir()
     (run.folder / ".agent.host-99999999.part.safetensors").write_text("", encoding="utf-8")
     (run.folder / ".latents.zarr.99-abc" / "c").mkdir(parents=True)
-    with run.alone():
+    with chain.alone_in(run):
         assert {path.name for path in run.folder.iterdir()} == {".lock", "config.json"}
 
 
@@ -377,7 +377,6 @@ def test_help_shows_ranges(capsys):
 
 def test_the_weights_that_ship_are_judged_where_there_is_no_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(EpisodeStore, "seeds", np.arange(3))
     monkeypatch.setattr(chain, "open_episodes", lambda preset: EpisodeStore.open(make_store(tmp_path / "drawn.zarr")))
     few = ["--episodes", "1", "--decisions", "2", "--readouts", "mean", "--demonstrator", "0", "--workers", "1"]
     assert main(["evaluate", *few]) == 0

@@ -54,7 +54,7 @@ def _fault_of_shape(data: dict[str, np.ndarray]) -> str:
             return f"{name} has shape {data[name].shape}, where lengths want {shape}"
     return ""
 
-
+# %% ../../nbs/33_demonstrations.ipynb #2d3d8a0f
 def _fault(data: dict[str, np.ndarray]) -> str:
     "What is wrong with the columns of a file of demonstrations; empty if nothing is."
     fault = _fault_of_shape(data)
@@ -73,7 +73,7 @@ def _fault(data: dict[str, np.ndarray]) -> str:
         return "seeds reach beyond 0 to 2^32 - 1"
     return ""
 
-
+# %% ../../nbs/33_demonstrations.ipynb #e0160c1b
 def read_demonstrations(path: str | Path, remedy: str) -> dict[str, np.ndarray]:
     """The columns of a file that `save_demonstrations` wrote, by name. Nothing in it is ever run.
 
@@ -347,7 +347,8 @@ class Collection:
         They are the same whatever `done` is. progress: show a bar.
         """
         starts = range(done // PIECE * PIECE, len(self.seeds), PIECE)
-        for start in tqdm(starts, desc=f"collecting {len(self.seeds) - done} episodes", disable=not progress):
+        what = f"collecting {len(self.seeds) - done} episodes"
+        for start in tqdm(starts, desc=what, disable=not progress):
             seeds = self.seeds[start:start + PIECE]
             planner = Planner(self.task, candidates=self.candidates, seed=seeds[0])
             piece = collect_episodes(self.task, len(seeds), self.decisions, seeds[0], self.quality, planner)
@@ -362,8 +363,8 @@ def _check_same(path: str | Path, begun: JsonDict | None, wanted: Collection) ->
     begun = begun or {}
     others = [f"{name} {begun.get(name)} there, {value} here" for name, value in settings.items()
               if begun.get(name) != value]
-    raise UserError(f"{path} was begun with other settings ({'; '.join(others)}); give the same ones to go on, "
-                    "remove it, or choose another name")
+    raise UserError(f"{path} was begun with other settings ({'; '.join(others)}); "
+                    "give the same ones to go on, remove it, or choose another name")
 
 
 def _unfinished_store(path: str | Path, wanted: Collection) -> EpisodeStore:
@@ -416,7 +417,8 @@ def _collect_npz(path: Path, wanted: Collection, progress: bool) -> list[np.ndar
     return [episode["rewards"] for episode in episodes]
 
 
-def collect(path: str | Path, wanted: Collection, workers: int = 2, progress: bool = True) -> list[np.ndarray]:
+def collect(path: str | Path, wanted: Collection, workers: int = 2,
+            progress: bool = True) -> list[np.ndarray]:
     """Let the planner demonstrate, and keep its episodes. Stop it at any moment, and the same call goes on.
 
     path: of a .zarr, here or at an address, which gets frames as well; or of an .npz, here, which gets states

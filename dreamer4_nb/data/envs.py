@@ -99,6 +99,11 @@ def _compiled(domain: str, name: str) -> control.Environment:
         logging.set_verbosity(verbosity)
 
 
+# dm_control switches a model's actuators off while it resets, and environments share their model:
+# one thread at a time resets or steps.
+_PHYSICS = threading.Lock()
+
+
 def load_task(task: str, seed: int, share: bool = True) -> control.Environment:
     """A new dm_control environment without a time limit.
 
@@ -111,7 +116,8 @@ def load_task(task: str, seed: int, share: bool = True) -> control.Environment:
     rules = copy.copy(compiled.task)
     rules._random = np.random.RandomState(SEED.check("seed", seed))
     substeps = round(compiled.control_timestep() / compiled.physics.timestep())
-    physics = compiled.physics.copy(share_model=share)
+    with _PHYSICS:
+        physics = compiled.physics.copy(share_model=share)
     return control.Environment(physics, rules, n_sub_steps=substeps)
 
 # %% ../../nbs/26_envs.ipynb #cell-31
@@ -122,7 +128,6 @@ class _DrawingThread:
         self.thread: threading.Thread | None = None
         self.forked = False  # this process is a copy of one that had drawn; its thread is not in the copy
         self.lock = threading.Lock()
-        self.renderers: list[mujoco.Renderer] = []
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         "`function(*arguments)`, called in the drawing thread. `UserError` in a forked process."
@@ -177,16 +182,14 @@ def _renderer(domain: str, name: str, image: int) -> mujoco.Renderer:
         raise UserError(f"MuJoCo cannot draw (MUJOCO_GL={_GL}: {_GL_PROBLEM or error}); "
                         "type: sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL") from None
     renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-    _drawing.renderers.append(renderer)
+    atexit.register(_close, renderer)  # now, to be called before EGL ends
     return renderer
 
 
-@atexit.register
-def _free_renderers() -> None:
-    "At the end of the process, in the thread that made them. A forked process has none of its own."
+def _close(renderer: mujoco.Renderer) -> None:
+    "Free a context in the thread that made it. A forked process has none of its own."
     if not _drawing.forked:
-        for renderer in _drawing.renderers:
-            _drawing(renderer.close)
+        _drawing(renderer.close)
 
 
 def _draw_frame(info: TaskInfo, image: int, data: mujoco.MjData) -> np.ndarray:
@@ -242,9 +245,18 @@ def _write_state(model: mujoco.MjModel, data: mujoco.MjData, info: TaskInfo, sta
         model.geom(info.target).pos[:2] = state[n_moving:]
     data.qpos = state[:n_positions]
     data.qvel = state[n_positions:n_moving]
-    mujoco.mj_forward(model, data)
+    with _PHYSICS:
+        mujoco.mj_forward(model, data)
 
 # %% ../../nbs/26_envs.ipynb #4730a197
+def _begin(env: control.Environment, seed: int | None) -> None:
+    "Reset an environment, by a new seed if there is one."
+    if seed is not None:
+        env.task._random = np.random.RandomState(SEED.check("seed", seed))
+    with _PHYSICS:
+        env.reset()
+
+
 def _repeated(env: control.Environment, action: np.ndarray, repeat: int) -> tuple[float, float, bool]:
     """The same action in `repeat` control steps, fewer if the task ends.
 
@@ -252,7 +264,8 @@ def _repeated(env: control.Environment, action: np.ndarray, repeat: int) -> tupl
     """
     reward = 0.0
     for _ in range(repeat):
-        step = env.step(action)
+        with _PHYSICS:
+            step = env.step(action)
         reward += step.reward
         if step.last():
             break
@@ -280,9 +293,7 @@ class Env:
 
     def reset(self, seed: int | None = None) -> np.ndarray | None:
         "Begin an episode: its first frame (h, w, 3) uint8. Without a seed the last random numbers go on."
-        if seed is not None:
-            self.env.task._random = np.random.RandomState(SEED.check("seed", seed))
-        self.env.reset()
+        _begin(self.env, seed)
         self.decisions = 0
         self.over = False
         return self.render()
@@ -302,9 +313,7 @@ class Env:
 
     def render(self) -> np.ndarray | None:
         "The frame of the present state (h, w, 3) uint8; None if the environment was made with `image=None`."
-        if self.image is None:
-            return None
-        return _drawing(_draw_frame, self.info, self.image, self.data)
+        return None if self.image is None else _drawing(_draw_frame, self.info, self.image, self.data)
 
     def state(self) -> np.ndarray:
         "Positions, velocities and, where an episode places its target, its x and y: (S,) float64."
@@ -488,7 +497,7 @@ def _return_workers(workers: list[_Worker]) -> None:
     "Keep processes for the next use."
     _idle.extend(worker for worker in workers if worker.is_alive())
 
-
+# %% ../../nbs/26_envs.ipynb #06ab929c
 def _ask(workers: list[_Worker], name: str, arguments: list[tuple]) -> list:
     """Send one request to each worker, then collect every answer.
 
@@ -514,16 +523,28 @@ def _ask(workers: list[_Worker], name: str, arguments: list[tuple]) -> list:
     return [value for _, value in answers]
 
 
+def _make_envs(workers: list[_Worker], arguments: list[tuple]) -> None:
+    "Have workers make their environments. If that is refused, they are kept for the next use."
+    try:
+        _ask(workers, "make", arguments)
+    except BaseException:
+        _return_workers(workers)
+        raise
+
+
 def _sent(task: str) -> TaskInfo:
     "What a worker needs to know of a task, which may be one that the caller added to `TASKS`."
     return replace(task_info(task), score=None, settled=None)
 
 # %% ../../nbs/26_envs.ipynb #cell-56
 def check_seeds(seeds: Iterable[int]) -> list[int]:
-    "Seeds as a list; `UserError` if one is no whole number from 0 to 2^32 - 1."
-    return [int(SEED.check("seed", seed)) for seed in seeds]
+    "Seeds as a list; `UserError` if there is none, or if one is no whole number from 0 to 2^32 - 1."
+    checked = [int(SEED.check("seed", seed)) for seed in seeds]
+    if not checked:
+        raise UserError("no seeds; expected one seed per environment")
+    return checked
 
-
+# %% ../../nbs/26_envs.ipynb #5479b16f
 class VectorEnv:
     """One environment per seed, spread over worker processes that step and draw.
 
@@ -540,17 +561,10 @@ class VectorEnv:
                  repeat: int | None = None, time_limit_decisions: int | None = None):
         self.info = task_info(task)
         self.seeds = check_seeds(seeds)
-        COUNT.check("workers", workers)
-        if not self.seeds:
-            raise UserError("no seeds; expected one seed per environment")
-        self.workers = _take_workers(min(workers, len(self.seeds)))
+        self.workers = _take_workers(min(COUNT.check("workers", workers), len(self.seeds)))
         self.parts = np.array_split(np.arange(len(self.seeds)), len(self.workers))
         asked = (image, repeat, time_limit_decisions)
-        try:
-            _ask(self.workers, "make", [(task, _sent(task), own, *asked) for own in self._split(self.seeds)])
-        except BaseException:
-            self.close()
-            raise
+        _make_envs(self.workers, [(task, _sent(task), own, *asked) for own in self._split(self.seeds)])
 
     def _split(self, values: list) -> list[list]:
         "The values of each worker's environments."

@@ -155,8 +155,6 @@ def evaluate_policy(
     cannot be.
     """
     seeds = check_seeds(seeds)
-    if not seeds:
-        raise UserError("no seeds; expected one seed per episode")
     COUNT.check("decisions", decisions)
     COUNT.check("workers", workers)
     NATURAL.check("keep", keep)

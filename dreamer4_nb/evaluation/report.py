@@ -337,8 +337,8 @@ def report(run_dir: str | Path) -> Path:
     try:
         page = _page(results, run_dir)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{run_dir / 'results.json'} holds no whole results ({type(error).__name__}: {error}); "
-                        f"{remedy}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{run_dir / 'results.json'} holds no whole results ({reason}); {remedy}") from error
     path = run_dir / "report.html"
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")

@@ -27,6 +27,7 @@ from ..inputs import from_dict
 from .agent import AgentConfig, AgentHeads, ScalarHead
 from .dynamics import Dynamics, DynamicsConfig
 from .generation import WorldModel
+from .imagination import ImaginationConfig
 from .tokenizer import Tokenizer, TokenizerConfig
 
 # %% ../../nbs/24_checkpoints.ipynb #67619c88
@@ -130,8 +131,9 @@ def load_imagination(path: str | Path | None, heads: AgentHeads) -> AgentHeads:
     Raises `UserError` if it is not one for these heads.
     """
     state, config = _read(path, "tiny_imagination.safetensors", {"heads", "imagination"},
-                          "no imagination; give a checkpoint made by `dreamer4 train imagination`")
+                          "no checkpoint of phase 3; give one made by `dreamer4 train imagination`")
     saved = from_dict(AgentConfig, config["heads"])
+    from_dict(ImaginationConfig, config["imagination"])  # `UserError` if it is damaged
     # Only the range of the value may differ: phase 3 chooses it.
     if replace(saved, value_range=heads.config.value_range) != heads.config:
         raise UserError(f"{path} is no checkpoint of phase 3 for these heads; "

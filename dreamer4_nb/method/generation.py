@@ -147,7 +147,7 @@ def _check_rollout(latents: Tensor, actions: Tensor, prefix: int, action_known: 
     if unfit:
         raise UserError(f"{' and '.join(unfit)} have NaN or infinity; expected finite numbers")
 
-
+# %% ../../nbs/09_generation.ipynb #ee893d2a
 def _rollout_rows(world: WorldModel, latents: Tensor, actions: Tensor, prefix: int, generator: RowGenerators,
                   agent: Tensor | None, action_known: Tensor | None, rows: range) -> Tensor:
     "`rollout` of some rows, at once."

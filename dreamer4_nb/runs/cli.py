@@ -213,7 +213,7 @@ class Study:
             print0(rows_table(rows))
         print0(f"{path}")
 
-
+# %% ../../nbs/55_cli.ipynb #336f55ae
 def read_value(text: str) -> Any:
     "A setting's value from the command line: a number, true, false, a JSON list, or else the text itself."
     try:
@@ -317,11 +317,11 @@ class Ship:
 def range_text(value_range: Range) -> str:
     "A range as the help shows it: INT>=1, or 0<=FLOAT<1."
     word = "INT" if value_range.whole else "FLOAT"
-    low = f"{value_range.low:.15g}"
-    high = f"{value_range.high:.15g}"
-    if high != "inf":
-        return f"{low}<{'' if value_range.open_low else '='}{word}<{'' if value_range.open_high else '='}{high}"
-    return f"{word}>{'' if value_range.open_low else '='}{low}"
+    low_equal = "" if value_range.open_low else "="
+    high_equal = "" if value_range.open_high else "="
+    if value_range.high == float("inf"):
+        return f"{word}>{low_equal}{value_range.low:.15g}"
+    return f"{value_range.low:.15g}<{low_equal}{word}<{high_equal}{value_range.high:.15g}"
 
 
 def show_ranges(kind: type) -> None:

@@ -128,7 +128,7 @@ CHECKS = (  # name, check, and what to do where it fails
     ("packages", check_packages, "install the package again"),
     ("threads", check_threads, "unset OMP_NUM_THREADS"),
     ("ranks", check_ranks, "unset RANK WORLD_SIZE"),
-    ("device", check_device, "install PyTorch for this machine's driver, or hide the GPU: CUDA_VISIBLE_DEVICES=''"),
+    ("device", check_device, "install PyTorch for this machine's driver, or set CUDA_VISIBLE_DEVICES=''"),
     ("drawing", check_drawing, "sudo apt-get install -y libosmesa6 libegl1; and unset MUJOCO_GL"),
     ("figures", check_figures, "unset MPLBACKEND, and set MPLCONFIGDIR to a folder you may write"),
     ("asset", check_assets, "install the package again"),

@@ -40,8 +40,8 @@ def typed_command(arguments: list[str]) -> str:
 
 # %% ../../nbs/53_endings.ipynb #c09b2ed8
 # Errors of the system that name their own remedy: room, permission, another name.
-PLAIN_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR,
-                errno.ENAMETOOLONG, errno.EMFILE}
+PLAIN_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR,
+                errno.EISDIR, errno.ENAMETOOLONG, errno.EMFILE}
 
 
 def say(text: str) -> None:
@@ -78,7 +78,10 @@ def draw_into_files() -> None:
 
 def reader_is_gone() -> bool:
     "Whether nobody reads our output any more, as in `dreamer4 doctor | head -1`; then the rest is dropped."
-    output = sys.stdout.fileno()
+    try:
+        output = sys.stdout.fileno()
+    except OSError:  # a notebook's, which nobody can close
+        return False
     poll = select.poll()
     poll.register(output, 0)  # errors are told in any case
     if not poll.poll(0):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ORDER', 'PARTS', 'LEFTOVERS', 'differences', 'deciding', 'completed', 'phase_settings', 'read_phases', 'has_part',
-           'read_header', 'clear_leftovers', 'take_lock', 'other_settings', 'PhaseNotes']
+           'read_header', 'clear_leftovers', 'take_lock', 'other_settings', 'PhaseNotes', 'add_seconds']
 
 # %% ../../nbs/49_folder.ipynb #12b861ca
 import json
@@ -166,10 +166,7 @@ class PhaseNotes:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The folder is this process's (of a job: its first rank's) as long as this lasts.
-
-        What killed processes left there is cleared, and what others noted meanwhile is read.
-        `UserError` if it is another one's."""
+        "Inside, the folder is this process's (of a job: its first rank's). `UserError` if it is another's."
         if process_rank() != 0 or self.lock.is_locked:
             yield
             return
@@ -195,14 +192,15 @@ class PhaseNotes:
             except BaseException as error:
                 error.add_note(f"{name} ({what})")
                 with suppress(UserError):  # a full disk, perhaps: the first error counts
-                    self.add_seconds(name, began)
+                    add_seconds(self, name, began)
                 raise
-            seconds = self.add_seconds(name, began)
+            seconds = add_seconds(self, name, began)
             print0(f"{name}: done in {seconds / 60:.1f} minutes")
 
-    def add_seconds(self, name: str, began: float) -> float:
-        "Note the seconds since `began`, which are returned."
-        seconds = time.perf_counter() - began
-        self.entries[name]["seconds"] += seconds
-        self.write()
-        return seconds
+# %% ../../nbs/49_folder.ipynb #d6d8d809
+def add_seconds(notes: PhaseNotes, name: str, began: float) -> float:
+    "Notes the seconds of a phase since `began`, which are returned."
+    seconds = time.perf_counter() - began
+    notes.entries[name]["seconds"] += seconds
+    notes.write()
+    return seconds

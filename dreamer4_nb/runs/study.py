@@ -285,7 +285,7 @@ def dream_study(run: Run, seeds: int = 2, setting: str = "", value: Any = None) 
             rows.append({"run": run.folder.name} | row)
     return rows
 
-
+# %% ../../nbs/52_study.ipynb #6d66a469
 def row_identity(row: Row) -> tuple[str, ...]:
     "What a row is about, without its results."
     names = ("run", "task", "setting", "value", "policy", "agent_seed", "policy_seed", "readout", "decisions",

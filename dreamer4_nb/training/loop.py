@@ -402,9 +402,7 @@ class Trainer:
         """Put the last good state back where it belongs, if there is one, and return its step, or 0.
 
         `UserError` if it is of another run."""
-        if self.checkpoints is None:
-            return 0
-        path = self.checkpoints.last()
+        path = self.checkpoints.last() if self.checkpoints else None
         if path is None:
             return 0
         weights = {f"weights.{key}": value for key, value in self.parts.state_dict().items()}
