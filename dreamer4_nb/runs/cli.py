@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'Readout', 'Settings', 'Check', 'Demo', 'print_results', 'Train', 'opened', 'Evaluate', 'Study', 'read_value',
-           'rows_table', 'parse_shard', 'write_store', 'Collect', 'Bench', 'Ship', 'check_packages', 'check_device',
-           'check_drawing', 'check_files', 'checks', 'Doctor', 'asked_preset', 'parse', 'main']
+           'rows_table', 'parse_shard', 'Collect', 'Bench', 'Ship', 'check_packages', 'check_device', 'check_drawing',
+           'check_files', 'checks', 'Doctor', 'asked_preset', 'parse', 'main']
 
 # %% ../../nbs/55_cli.ipynb #cell-3
 import importlib.metadata
@@ -25,15 +25,11 @@ import matplotlib
 import numpy as np
 import torch
 import tyro
-from tqdm import tqdm
 
 from ..core import UserError, asset, cache_dir, pick_device, pick_dtype, print0, write_json
 from ..inputs import from_dict
-from ..data.envs import make_env, render_states, setup_gl
-from ..data.tasks import task_info
-from ..data.planner import Planner, collect_episodes, save_demonstrations
-from ..data.arrays import atomic_store
-from ..data.stores import Episode, EpisodeStore
+from ..data.demonstrations import Collection, collect, shard_path
+from ..data.envs import make_env, setup_gl
 from ..evaluation.closed_loop import closed_loop_rows, closed_loop_table, text_table
 from .bench import bench, bench_table, matmul_peak
 from .chain import Run, by_task, cores
@@ -202,39 +198,16 @@ def parse_shard(text: str) -> tuple[int, int]:
         raise UserError(f"'{text}' is no part; expected i/n with i from 0 to n - 1, as in 0/4")
     return int(i), int(n)
 
-
-def write_store(path: Path, pieces: Iterator[list[dict]], task: str, image: int, workers: int) -> list[bool]:
-    """Writes collected episodes into a store, drawn as frames; returns which of them have a reward.
-
-    pieces: lists of episodes as `collect_episodes` gives them.
-    image: pixels of a frame's side. workers: processes that draw."""
-    rewarded = []
-    with atomic_store(path) as beside:
-        store = None
-        for episodes in pieces:
-            if store is None:
-                state_dim = episodes[0]["states"].shape[1]
-                action_dim = task_info(task).action_dim
-                store = EpisodeStore.create(beside, task, action_dim, (image, image, 3), state_dim)
-            drawn = []
-            for episode in episodes:
-                frames = render_states(task, episode["states"], image, workers)
-                drawn.append(Episode(frames=frames, task=task, **episode))
-                rewarded.append(episode["rewards"].max() > 0)
-            store.extend(drawn)
-        store.finish()
-    return rewarded
-
 # %% ../../nbs/55_cli.ipynb #fe4fbcff
 @dataclass(frozen=True)
 class Collect:
     """Demonstrations by the planner. Into a .zarr: a store with frames, for --data. Into an .npz: states and
     actions only, a hundredth of the size.
 
-    Many processes or machines make a part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads
-    them as one.
+    Stop it at any moment; the same command goes on where it stopped. Many processes or machines make a part
+    each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
     """
-    out: Path                            # what to write, .zarr or .npz
+    out: str                             # what to write, .npz or .zarr, which may be an address: s3://...
     task: str = "ball_in_cup-catch"      # a name of dreamer4_nb.data.envs.TASKS
     episodes: int = 100                  # of all parts together
     decisions: int = 80                  # length of an episode
@@ -246,36 +219,13 @@ class Collect:
     workers: int = 2                     # processes that draw
 
     def __call__(self) -> None:
-        task_info(self.task)  # refuses an unknown one
-        part, parts = parse_shard(self.shard)
-        out = self.out
-        if parts > 1:
-            out = out.with_name(f"{out.stem}-{part}-of-{parts}{out.suffix}")
-        if out.suffix not in (".npz", ".zarr") or out.exists():
-            raise UserError(f"{out} exists already or is neither .zarr nor .npz; choose another name")
-        numbers = range(part * self.episodes // parts, (part + 1) * self.episodes // parts)
-        if not numbers:
-            raise UserError(f"{self.episodes} episodes in {parts} parts leave none for part {part}; "
-                            "ask for more episodes or fewer parts")
-        pieces = self.collect(numbers)
-        if out.suffix == ".npz":
-            episodes = [episode for piece in pieces for episode in piece]
-            seeds = [self.seed + number for number in numbers]
-            save_demonstrations(out, self.task, episodes, seeds, self.image)
-            rewarded = [episode["rewards"].max() > 0 for episode in episodes]
-        else:
-            rewarded = write_store(out, pieces, self.task, self.image, self.workers)
-        print0(f"{out}: {len(rewarded)} episodes, {np.mean(rewarded):.2f} with a reward")
-
-    def collect(self, numbers: range) -> Iterator[list[dict]]:
-        "The episodes of these numbers, a hundred at a time, because their frames fill the memory."
-        planner = Planner(self.task, candidates=self.candidates, seed=self.seed + numbers[0])
-        starts = range(0, len(numbers), 100)
-        what = f"collecting {len(numbers)} episodes"
-        for start in tqdm(starts, desc=what, disable=not sys.stderr.isatty()):
-            piece = numbers[start:start + 100]
-            first_seed = self.seed + piece[0]
-            yield collect_episodes(self.task, len(piece), self.decisions, first_seed, self.quality, planner)
+        shard = parse_shard(self.shard)
+        wanted = Collection(self.task, self.episodes, self.decisions, self.quality, self.candidates,
+                            self.image, self.seed, shard)
+        out = shard_path(self.out, shard)
+        rewards = collect(out, wanted, self.workers, progress=sys.stderr.isatty())
+        rewarded = np.mean([own.max() > 0 for own in rewards])
+        print0(f"{out}: {len(rewards)} episodes, {rewarded:.2f} with a reward")
 
 # %% ../../nbs/55_cli.ipynb #cell-20
 @dataclass(frozen=True)
