@@ -449,7 +449,7 @@ def check_shape(name: str, x: Tensor | np.ndarray, pattern: str, **sizes: int) -
     """Checks the shape of `x` and returns the sizes found, by name.
 
     name: how the error calls `x`.
-    pattern: its axes, like `"b t c h w"`; a number stands for itself, a repeated name must have one size.
+    pattern: its axes, like `"b t c h w"`; a number is that size, a repeated name must have one size.
     sizes: sizes that are already known, by name.
 
     Raises `UserError` if `x` has another shape.

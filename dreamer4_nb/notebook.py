@@ -46,7 +46,7 @@ def explore(draw: Callable[..., plt.Figure], **controls) -> dict[str, ipywidgets
     A change draws the figure again. Returns the widgets by name; they are shown if a person sits at the
     kernel. The figure itself is an ordinary output that stays.
     """
-    panel = ipywidgets.interactive(draw, {"manual": True}, **controls)  # only for its widgets; `picture` draws
+    panel = ipywidgets.interactive(draw, {"manual": True}, **controls)  # for its widgets
     widgets = {widget.description: widget for widget in panel.kwargs_widgets}
     for widget in widgets.values():
         widget.continuous_update = False  # draw only when the slider is released

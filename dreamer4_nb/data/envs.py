@@ -126,7 +126,7 @@ class _DrawingThread:
     def __init__(self):
         self.requests: queue.SimpleQueue[tuple[Future, Callable[..., Any], tuple]] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
-        self.forked = False  # this process was forked from one that had drawn; the drawing thread is not in it
+        self.forked = False  # forked from a process that had drawn; its thread is not copied
         self.lock = threading.Lock()
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:

@@ -351,7 +351,7 @@ def collect_episodes(task: str, episodes: int, decisions: int, seed: int, qualit
 # %% ../../nbs/27_planner.ipynb #cell-34
 def save_demonstrations(path: str | Path, task: str, episodes: list[dict], seeds: Sequence[int] | None = None,
                         image: int = 64, **about: str) -> None:
-    """Write the episodes of `collect_episodes` to one compressed file. Pixels are rendered from it on first use.
+    """Write the episodes of `collect_episodes` to one compressed file; first use renders the pixels.
 
     Actions, intended or executed, rewards and continues are kept in float16.
 

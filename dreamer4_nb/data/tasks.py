@@ -107,7 +107,7 @@ class TaskInfo:
     action_repeat: int = 2
     horizon: int = 25                  # decisions the planner looks ahead
     physics_step: float | None = None  # seconds, coarser than the task's own; None: the task's own
-    target: str | None = None          # a geom with a new place in every episode; its x and y extend the state
+    target: str | None = None          # a geom that each episode places anew; its x and y extend the state
 
 # %% ../../nbs/25_tasks.ipynb #925ce193
 TASKS = {
