@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'NATURAL', 'SEED', 'POSITIVE', 'NOT_NEGATIVE', 'SHARE', 'DECAY', 'Count', 'Natural', 'Seed', 'Positive',
-           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'Range', 'check_fields', 'IsDataclass', 'to_dict',
-           'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path', 'environment_number',
-           'available_cores', 'tolerant_output']
+           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'FREE_SETTINGS', 'Range', 'check_fields',
+           'IsDataclass', 'to_dict', 'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path',
+           'environment_number', 'available_cores', 'tolerant_output']
 
 # %% ../nbs/21_inputs.ipynb #7a02833b
 import dataclasses
@@ -191,6 +191,10 @@ FORMER_NAMES = {
     "scenes": "n_backgrounds", "settle": "slow_steps", "short": "short_clip_length",
     "spread": "latent_std", "spread_weight": "latent_std_weight",
 }
+
+
+# Of training: what changes nothing in what is made. A run may go on with other ones.
+FREE_SETTINGS = ("device", "compile", "recompute", "shard", "log_every", "save_every")
 
 
 def current_names(settings: Any) -> Any:

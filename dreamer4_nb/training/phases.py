@@ -109,7 +109,8 @@ def check_measurable(held_out: EpisodeStore, prefix: int, length: int) -> None:
     held_out: frames or latents of the episodes that are held out.
     prefix: frames that a dream is given, in none of which its task is solved.
     length: of a dream, with those."""
-    for task in held_out.tasks:
+    for number in np.unique(held_out.task_ids):
+        task = held_out.tasks[number]
         own = held_out.of_task(task)
         parts = np.split(own.column("rewards"), np.cumsum(own.lengths)[:-1])
         begins = [~solved(task, part[:len(part) - length + prefix]) for part in parts if len(part) >= length]
