@@ -26,7 +26,7 @@ demo: setup
 
 # The front page is notebook index, as it was last run.
 readme: setup
-	$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --no-input --output-dir . --output README nbs/index.ipynb
+	$(BIN)/python .ci/readme > README.md
 
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
 test: setup

@@ -8,6 +8,7 @@
 """
 __version__ = "0.1.0"
 
+import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,6 +20,11 @@ if TYPE_CHECKING:
     from .evaluation.statistics import Records
     from .method.agent import Policy
     from .method.generation import WorldModel
+
+# PyTorch's threads wait for each other in GNU OpenMP, which reads this when PyTorch is loaded. By default a
+# thread that waits keeps its core for long, and beside another program training becomes ten times slower.
+if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
+    os.environ["GOMP_SPINCOUNT"] = "3000"
 
 # These functions import inside, so that `import dreamer4_nb.method` loads nothing that draws or simulates.
 

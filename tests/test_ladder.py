@@ -113,7 +113,7 @@ def test_the_method_is_read_and_used_alone(room):
     assert set(modules) <= set(loaded)
     assert not foreign & set(loaded)
     ours = {name.split(".")[1] for name in loaded if name.startswith("dreamer4_nb.")}
-    assert ours <= {"core", room}
+    assert ours <= {"core", "inputs", room}
 
 
 @pytest.mark.parametrize("page", [*sorted((ROOT / "nbs").glob("*.ipynb")), ROOT / "README.md"], ids=lambda page: page.name)

@@ -29,17 +29,17 @@ class DynamicsConfig:
     UserError for values that are out of range or do not fit each other."""
     n_latents: Count = 8
     d_latent: Count = 32
-    pack: Count = 2                   # latents to a token: n_latents/pack tokens of pack·d_latent channels
+    pack: Count = 2                # latents to a token: n_latents/pack tokens of pack·d_latent channels
     action_dim: Count = 2
     n_registers: Natural = 2
-    n_agent: Natural = 0                # agent tokens (phases 2 and 3); nothing attends to them
-    bootstrap_share: Share = 0.25   # rows of a batch that have a teacher and train the larger steps
-    # past frames as in use, at the context level; False = the paper, levels of their own
+    n_agent: Natural = 0           # agent tokens (phases 2 and 3); nothing attends to them
+    bootstrap_share: Share = 0.25  # rows of a batch that have a teacher and train the larger steps
+    # train on past frames at the context signal level; False = each at a level of its own (paper)
     train_on_context: bool = False
     # more frames at the context level than the paper's draws put there (0 = the paper)
     p_context: Share = 0.0
-    clip: Positive = 4.0               # bound of the bootstrap targets, in standard deviations of the latents
-    image_rows: Share = 0.0         # share of rows treated as single images (paper: 0.3)
+    clip: Positive = 4.0           # bound of the bootstrap targets, in standard deviations of the latents
+    image_rows: Share = 0.0        # share of rows treated as single images (paper: 0.3)
     # of the clips that half of the other rows are cut into; 0 = whole rows only
     short_clip_length: Natural = 0
     schedule: Schedule = Schedule()
@@ -79,7 +79,7 @@ class FrameInputs:
     i: Tensor               # (b, t), integer signal index: tau = i / k_max
     j: Tensor               # (b, t), integer step index: d = 2**-j
     actions: Tensor         # (b, t, action_dim) in [-1, 1]; actions[t] led to frame t
-    action_known: Tensor    # (b, t) bool; False for unlabelled video and for an episode's first frame
+    action_known: Tensor    # (b, t) bool; False for unlabeled video and for an episode's first frame
 
 
 def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> FrameInputs:

@@ -63,10 +63,10 @@ class ImaginationConfig:
     "Phase 3 (paper, section 3.4). UserError for values out of range."
     context: Count = 8       # real frames before each dream
     horizon: Count = 15      # dreamed frames
-    gamma: Share = 0.997   # discount
-    lam: Share = 0.95      # λ of the returns
-    alpha: Share = 0.5     # weight of the positive set
-    beta: NotNegative = 0.3      # weight of the prior
+    gamma: Share = 0.997     # discount
+    lam: Share = 0.95        # λ of the returns
+    alpha: Share = 0.5       # weight of the positive set
+    beta: NotNegative = 0.3  # weight of the prior
 
     def __post_init__(self) -> None:
         check_fields(self)
