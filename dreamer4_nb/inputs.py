@@ -175,11 +175,15 @@ def _restore_union(kinds: tuple[object, ...], value: Any, where: str) -> Any:
 
 def _restore_tuple(kinds: tuple[object, ...], value: list[Any], where: str) -> tuple[Any, ...]:
     "A tuple of the types `kinds`; of any where there are none; of one where the second is `...`."
+    if not isinstance(value, (list, tuple)):
+        raise UserError(f"{where} is {value!r}; expected a list of values")
     if not kinds:
         kinds = (Any,) * len(value)
     elif len(kinds) == 2 and kinds[1] is Ellipsis:
         kinds = (kinds[0],) * len(value)
-    return tuple(_restore(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+    if len(kinds) != len(value):
+        raise UserError(f"{where} has {len(value)} values; expected {len(kinds)}")
+    return tuple(_restore(kind, item, where) for kind, item in zip(kinds, value))
 
 # %% ../nbs/21_inputs.ipynb #13f7fed3
 FORMER_NAMES = {

@@ -485,6 +485,7 @@ def test_each_local_rank_has_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
     assert pick_device("auto") == torch.device("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "16")
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert pick_device("auto") == pick_device("cuda") == torch.device("cuda:3") and pick_device("cuda:1") == torch.device("cuda:1")
     monkeypatch.setenv("LOCAL_RANK", "8")

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Batches', 'batch_numbers', 'pinned', 'read_ahead', 'numbered_batches', 'count_frames', 'accumulate_gradients',
-           'describe_run', 'read_history', 'RunLog', 'check_finite', 'summarize', 'Meter', 'catch_stop', 'all_stop',
-           'say_stopped', 'prepare', 'wrap_for_ranks', 'final_weights', 'Trainer', 'run_steps', 'show', 'fit']
+           'describe_run', 'read_history', 'RunLog', 'check_finite', 'check_weights_finite', 'summarize', 'Meter',
+           'catch_stop', 'all_stop', 'say_stopped', 'prepare', 'wrap_for_ranks', 'final_weights', 'Trainer',
+           'run_steps', 'show', 'fit']
 
 # %% ../../nbs/37_loop.ipynb #cell-2
 import contextlib
@@ -29,8 +30,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from ..core import UserError, autocast, pick_dtype, save_checkpoint, step_generator
-from ..inputs import to_dict
+from dreamer4_nb.core import (
+    UserError,
+    atomic_path,
+    autocast,
+    float32_default,
+    is_finite,
+    pick_dtype,
+    save_checkpoint,
+    step_generator,
+)
+from ..inputs import Range, read_json_lines, to_dict
 from dreamer4_nb.training.optimizers import (
     LossScale,
     TrainConfig,
@@ -157,18 +167,12 @@ def describe_run(config: TrainConfig, model_config: dict, world: int = 1) -> dic
 
 # %% ../../nbs/37_loop.ipynb #cell-48
 def read_history(path: Path, last_step: int) -> list[dict[str, float]]:
-    "The records of a log up to a step; one that a kill cut short ends them."
-    history = []
+    "The records of a log up to a step. A line that is torn or has no step is passed over."
     if not path.exists():
-        return history
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            break
-        if record["step"] <= last_step:
-            history.append(record)
-    return history
+        return []
+    records = read_json_lines(path)
+    return [record for record in records
+            if isinstance(record.get("step"), int) and record["step"] <= last_step]
 
 
 class RunLog:
@@ -179,11 +183,11 @@ class RunLog:
         self.path = run_dir and run_dir / f"{name}.log.jsonl"
         if self.path is None:
             return
-        self.history = read_history(self.path, first_step)
-        lines = [json.dumps(record) + "\n" for record in self.history]
         with self.writing():
-            run_dir.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("".join(lines), encoding="utf-8")
+            self.history = read_history(self.path, first_step)
+            lines = [json.dumps(record) + "\n" for record in self.history]
+            with atomic_path(self.path) as part:
+                part.write_text("".join(lines), encoding="utf-8")
             self.board = SummaryWriter(str(run_dir / "tensorboard" / name), purge_step=first_step + 1)
 
     @contextlib.contextmanager
@@ -192,7 +196,8 @@ class RunLog:
         try:
             yield
         except OSError as error:
-            raise UserError(f"cannot write the log {self.path}: {error.strerror}; the last checkpoint is "
+            reason = error.strerror or error
+            raise UserError(f"cannot write the log {self.path}: {reason}; the last checkpoint is "
                             "untouched. Free some space, then run the same command again") from error
 
     def add(self, record: dict[str, float]) -> None:
@@ -208,7 +213,8 @@ class RunLog:
     def close(self) -> None:
         "Close what TensorBoard reads."
         if self.path is not None:
-            self.board.close()
+            with self.writing():
+                self.board.close()
 
 # %% ../../nbs/37_loop.ipynb #cell-50
 def check_finite(name: str, losses: Tensors, step: int) -> None:
@@ -218,6 +224,19 @@ def check_finite(name: str, losses: Tensors, step: int) -> None:
             raise UserError(f"{name}: '{key}' is {float(value)} at step {step}; nothing was saved over the "
                             "last good checkpoint. Look for NaN in the data, or lower lr, "
                             "or set dtype float32")
+
+
+def check_weights_finite(name: str, state: Tensors, step: int, device: torch.device) -> None:
+    """`UserError`, on all ranks, if a tensor of a state is not finite on one of them after a step.
+
+    name: of the run.
+    device: on which the ranks tell each other."""
+    bad = [key for key, value in state.items() if not is_finite(local(value))]
+    found = all_mean(torch.tensor(float(len(bad)), device=device))
+    if found:
+        what = f"'{bad[0]}'" if bad else "what another rank holds"
+        raise UserError(f"{name}: {what} is not finite after step {step}; nothing was saved over the "
+                        "last good checkpoint. Lower lr, or set dtype float32")
 
 
 def summarize(name: str, measured: list[tuple[Tensors, Tensors]], step: int) -> dict[str, float]:
@@ -236,7 +255,7 @@ def summarize(name: str, measured: list[tuple[Tensors, Tensors]], step: int) -> 
         means[key] = float(torch.stack(found).mean())
     return means
 
-
+# %% ../../nbs/37_loop.ipynb #e8ab2c19
 class Meter:
     "What was measured since the last record: losses, metrics and speed."
 
@@ -308,7 +327,8 @@ def say_stopped(name: str, step: int, config: TrainConfig, checkpoints: Checkpoi
     saved = "nothing was saved, as there is no run folder"
     if checkpoints:
         checkpoints.finish()
-        saved = f"saved in {checkpoints.last()}. To go on: {resume_hint}"
+        path = checkpoints.last()
+        saved = f"saved in {path}. To go on: {resume_hint}" if path else "nothing is left in the run folder"
     if rank == 0:
         print(f"{name}: stopped at step {step} of {config.steps}; {saved}", flush=True)
 
@@ -382,28 +402,30 @@ class Trainer:
         """Put the last good state back where it belongs, if there is one, and return its step, or 0.
 
         `UserError` if it is of another run."""
-        if self.checkpoints is None:
-            return 0
-        path = self.checkpoints.last()
+        path = self.checkpoints.last() if self.checkpoints else None
         if path is None:
             return 0
         weights = {f"weights.{key}": value for key, value in self.parts.state_dict().items()}
         state, saved = self.checkpoints.load(weights)
         check_same_run(path, saved, self.metadata)
+        steps = Range(whole=True, low=1, high=self.config.steps)
+        step = steps.check(f"{path}: step", saved.get("step"))
         unpack_state(state, self.parts, self.parameters, self.optimizer, self.average, self.scale,
-                     self.device)
-        return saved["step"]
+                     self.device, saved.get("losses"))
+        return step
 
     def save(self, step: int) -> None:
-        "Keep the state after a step."
+        "Keep the state after a step. `UserError` if it is not finite: then the last good one stays."
         state = pack_state(self.parts, self.parameters, self.optimizer, self.average, self.scale)
-        self.checkpoints.save(state, self.metadata | {"step": step})
+        check_weights_finite(self.name, state, step, self.device)
+        self.checkpoints.save(state, self.metadata | {"step": step, "losses": sorted(self.scale.state)})
 
     def finish(self) -> None:
         """Put the final weights into the modules and into the run folder.
 
-        No rank returns before they are there."""
+        No rank returns before they are there. `UserError` if they are not finite."""
         final = final_weights(self.parts, self.parameters, self.average)
+        check_weights_finite(self.name, final, self.config.steps, self.device)
         if self.mesh is not None:
             whole = nn.ModuleDict(self.modules).to(self.device)
             whole.load_state_dict(final)
@@ -459,6 +481,7 @@ def show(bar: tqdm, record: dict[str, float], names: list[str]) -> None:
     bar.set_postfix(shown, refresh=False)
 
 # %% ../../nbs/37_loop.ipynb #86df6005
+@float32_default()
 def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Batches, config: TrainConfig,
         run_dir: str | Path | None = None, weights: dict[str, float] | None = None,
         model_config: dict | None = None,
@@ -491,9 +514,11 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     start = trainer.resume()
     log = RunLog(name, run_dir if first else None, start)
     hidden = not (first and progress)
+    saves = contextlib.closing(trainer.checkpoints) if trainer.checkpoints else contextlib.nullcontext()
     bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", delay=2, disable=hidden)
 
-    with training_only(trainer.parts, trainer.parameters), contextlib.closing(log), bar, catch_stop() as stop:
+    trained = training_only(trainer.parts, trainer.parameters)
+    with trained, contextlib.closing(log), saves, bar, catch_stop() as stop:
         step = run_steps(trainer, batches, weights, start, log, bar, stop)
         if step < config.steps:
             bar.close()

@@ -203,17 +203,21 @@ def pick_trainable(parts: nn.ModuleDict, names: list[str] | None) -> Parameters:
     """The parameters to train, by name.
 
     names: of modules, or of a module's part (`module.part`); None for all parameters that require a gradient.
-    `UserError` for a name that fits none."""
+    `UserError` for a name that fits none, and for parameters of another dtype than float32."""
     parameters = dict(parts.named_parameters())
-    if names is None:
-        return {key: parameter for key, parameter in parameters.items() if parameter.requires_grad}
     chosen = set()
-    for name in names:
+    if names is None:
+        chosen = {key for key, parameter in parameters.items() if parameter.requires_grad}
+    for name in names or []:
         inside = {key for key in parameters if f"{key}.".startswith(f"{name}.")}
         if not inside:
             raise UserError(f"trainable names '{name}', but no parameter is called so; "
                             f"the modules are {list(parts)}")
         chosen |= inside
+    for key in sorted(chosen):
+        if parameters[key].dtype != torch.float32:
+            raise UserError(f"{key} is {parameters[key].dtype}; weights are trained in float32: make the "
+                            "modules so (torch.set_default_dtype); TrainConfig.dtype is for the products")
     return {key: parameter for key, parameter in parameters.items() if key in chosen}
 
 # %% ../../nbs/36_optimizers.ipynb #cell-34

@@ -48,12 +48,12 @@ def dying(step, config, marker):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("run_dir", type=Path)
-    for name, value in dict(shard=1, accumulate=1, compile=0, recompute=0, muon=0, dies=0).items():
+    for name, value in dict(shard=1, accumulate=1, compile=0, recompute=0, muon=0, dies=0, steps=8).items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(int(os.environ.get("RANK", 0)))     # ranks start from different weights: rank 0's must win
-    config = make_config(shard=args.shard, accumulate=args.accumulate, compile=bool(args.compile), recompute=bool(args.recompute), muon=args.muon)
+    config = make_config(steps=args.steps, shard=args.shard, accumulate=args.accumulate, compile=bool(args.compile), recompute=bool(args.recompute), muon=args.muon)
     loss = dying(args.dies, config, args.run_dir / "died") if args.dies else dynamics_loss
     args.run_dir.mkdir(parents=True, exist_ok=True)
     fit("toy", {"dynamics": Dynamics(CONFIG)}, loss, make_batch, config, args.run_dir, progress=False)
