@@ -65,7 +65,7 @@ JsonDict = dict[str, Any]  # what JSON can hold
 def sigterm_interrupts() -> Iterator[None]:
     "Inside, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does. It changes nothing outside the main thread."
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
+        raise KeyboardInterrupt("SIGTERM")
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)

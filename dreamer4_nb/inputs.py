@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COUNT', 'NATURAL', 'SEED', 'POSITIVE', 'NOT_NEGATIVE', 'SHARE', 'DECAY', 'Count', 'Natural', 'Seed', 'Positive',
-           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'Range', 'check_fields', 'IsDataclass', 'to_dict',
-           'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path', 'environment_number',
-           'tolerant_output']
+           'NotNegative', 'Share', 'Decay', 'Config', 'FORMER_NAMES', 'FREE_SETTINGS', 'Range', 'check_fields',
+           'IsDataclass', 'to_dict', 'current_names', 'from_dict', 'read_json', 'read_json_lines', 'local_path',
+           'environment_number', 'available_cores', 'tolerant_output']
 
 # %% ../nbs/21_inputs.ipynb #7a02833b
 import dataclasses
@@ -193,6 +193,10 @@ FORMER_NAMES = {
 }
 
 
+# Of training: what changes nothing in what is made. A run may go on with other ones.
+FREE_SETTINGS = ("device", "compile", "recompute", "shard", "log_every", "save_every")
+
+
 def current_names(settings: Any) -> Any:
     "Settings that an earlier version wrote, at any depth, under the names that they have now."
     if not isinstance(settings, dict):
@@ -236,7 +240,7 @@ def read_json(path: str | Path, remedy: str, kind: type = dict) -> Any:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no file {path}; {remedy}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read ({error}); {remedy}") from None
     if not isinstance(value, kind):
         raise UserError(f"{path} holds a {type(value).__name__}, not a {kind.__name__}; {remedy}")
@@ -288,6 +292,22 @@ def environment_number(name: str, value_range: Range = COUNT) -> int | None:
         raise UserError(f"the environment variable {name} is {value}; expected {value_range}: "
                         f"set it so, or unset {name}")
     return value
+
+# %% ../nbs/21_inputs.ipynb #fe221131
+def available_cores() -> int:
+    "Cores that this process may use: its affinity, and a container's quota where there is one."
+    if hasattr(os, "sched_getaffinity"):
+        n = len(os.sched_getaffinity(0))
+    else:
+        n = os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="utf-8").split()
+        if quota == "max":
+            return n
+        allowed = round(int(quota) / int(period))
+    except (OSError, ValueError):
+        return n
+    return max(1, min(n, allowed))
 
 # %% ../nbs/21_inputs.ipynb #e6f0da6e
 def tolerant_output() -> None:

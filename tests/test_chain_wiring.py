@@ -1,6 +1,5 @@
 "The chain in a folder and studies on top of it: which data, weights, settings and seeds each part is given."
 import json
-import os
 import shutil
 from dataclasses import replace
 from functools import partial
@@ -198,7 +197,7 @@ def test_policies_differ_in_their_heads_and_share_their_seeds(made):
             assert policy.world.dynamics is made.run.agent[0]
 
 
-def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
+def test_records_are_read_until_the_weights_are_others(made, monkeypatch):
     first = closed_loop(made.view)
     assert [r.policy for r in first] == list(policies(made.view))
     assert all(r.seed.tolist() == [70, 71, 72] and r.decisions == 4 for r in first)
@@ -207,18 +206,19 @@ def test_records_are_read_until_the_policy_is_younger(made, monkeypatch):
     again = closed_loop(made.view)
     assert not calls and [r.returns.tolist() for r in again] == [r.returns.tolist() for r in first]
     assert [r.policy for r in closed_loop(made.view, ("PMPO",))] == ["PMPO, sample", "PMPO, mean"]
-    weights = made.run.folder / "imagination.safetensors"
-    stamp = weights.stat().st_mtime
-    os.utime(weights, (stamp + 1000, stamp + 1000))
+    path = made.run.folder / "agent.safetensors"
+    before = path.read_bytes()
+    state, header = load_checkpoint(path)
+    save_checkpoint(path, {key: value + 1 for key, value in state.items()}, header)
     try:
         closed_loop(made.view)
     finally:
-        os.utime(weights, (stamp, stamp))
+        path.write_bytes(before)
     assert len(calls) == 4
-    assert all(isinstance(args[0], Policy) for _, args, _ in calls)     # the random one is as old as before
+    assert all(isinstance(args[0], Policy) for _, args, _ in calls)     # nothing else depends on it
 
 
-def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, monkeypatch):
+def test_measures_are_of_held_out_episodes_and_read_until_the_weights_are_others(made, monkeypatch):
     run, path = made.run, made.run.folder / "metrics.json"
     path.unlink(missing_ok=True)
     calls = watch(monkeypatch, judge, "tokenizer_report", "rollout_report")
@@ -233,8 +233,11 @@ def test_measures_are_of_held_out_episodes_and_read_until_they_are_old(made, mon
     assert measured(made.view) == json.loads(path.read_text(encoding="utf-8")) and len(calls) == 2
     more, = by_task(Run(run.folder, with_setting(run.asked, "evaluation.dreams", 1)))
     assert measured(more)["dreams"] == 1 and len(calls) == 4
-    os.utime(path, (1, 1))
+    weights = run.folder / "dynamics.safetensors"
+    before = weights.read_bytes()
+    weights.write_bytes(before + b" ")
     measured(more)
+    weights.write_bytes(before)
     assert len(calls) == 6
 
 

@@ -170,7 +170,7 @@ def test_stop_and_go_on(data, tmp_path):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "dreamer4 train tokenizer" in error.splitlines()[-1] and "Traceback" not in error
+    assert "-m dreamer4_nb.runs.cli train tokenizer" in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "tokenizer.safetensors").exists()
     assert main(arguments) == 0
     assert [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()] == list(range(1, 61))

@@ -111,7 +111,7 @@ def _stored_group(out: EpisodeStore, group: list[int]) -> Tensor:
 
 def _unfinished(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: str | Path,
                 groups: list[list[int]], noted: dict) -> EpisodeStore | None:
-    """The store that an interrupted encoding left at `path`, for appending; None if there is none to continue.
+    """The store that an interrupted encoding left at `path`, for appending; None if none can be continued.
 
     It can be continued if it has the same episodes, and the first group gives the same latents again.
     """
@@ -163,7 +163,7 @@ def encode_latents(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path
             if out is None:
                 out = EpisodeStore.create(beside, store.tasks[0], store.action_dim, tuple(latents.shape[2:]),
                                           store.state_dim, "latents", "float16", **noted)
-            moments.add(latents.half())  # rounded as they are stored, so that a resumed encoding has the same moments
+            moments.add(latents.half())  # rounded as stored, so that a resumed encoding has the same moments
             pairs = zip(episodes, latents)
             out.extend([_as_latents(episode, own, store.state_dim) for episode, own in pairs])
         out.arrays.group.attrs.update(moments.as_attributes())

@@ -49,7 +49,7 @@ def window_index(lengths: np.ndarray, length: int, pad: bool = False) -> tuple[n
 
     lengths: (E,) frames of each episode.
     length: frames of a window.
-    pad: a shorter episode has one window, from its first frame to beyond its end; without `pad` it has none.
+    pad: a shorter episode has one window, from its first frame to beyond its end; otherwise it has none.
     Returns each window's episode (W,) and its first frame there (W,).
     """
     counts = np.maximum(np.asarray(lengths) - length + 1, int(pad))
@@ -260,7 +260,7 @@ def read_rows(arrays: StoreArrays | JoinedArrays, name: str, starts: np.ndarray,
 class WindowColumns:
     """The columns of a store, window by window.
 
-    memory: most bytes of frames or latents held in memory; if they need more, windows are read from the store.
+    memory: most bytes of frames or latents held in memory; otherwise windows are read from the store.
     readers: windows that are read from the store at the same time.
     """
     def __init__(self, store: EpisodeStore, index: WindowIndex, memory: int, readers: int):
@@ -398,10 +398,10 @@ def hidden_rows(seed: int, step: int, batch: int, share: float) -> np.ndarray:
 class Windows:
     """Batches of windows of `length` frames; a window never crosses the border of an episode.
 
-    `windows(step)` is a function of `step` and `seed`, so ranks and threads can share the steps, and a resumed
-    run needs no saved state. A `Sampler` chooses the windows of a batch.
+    `windows(step)` is a function of `step` and `seed`, so ranks and threads can share the steps, and a
+    resumed run needs no saved state. A `Sampler` chooses the windows of a batch.
 
-    weights: (E,) relative chance of the windows of each episode; None: all tasks have equal shares of the rows.
+    weights: (E,) relative chance of the windows of each episode; None: all tasks have equal shares.
     focus: share of the rows of each task that comes from windows whose middle frame is not yet `solved`.
     unlabelled: share of rows whose actions are hidden (`action_known` false).
     memory, readers: see `WindowColumns`.

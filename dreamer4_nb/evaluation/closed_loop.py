@@ -15,7 +15,8 @@ import numpy as np
 from tqdm import tqdm
 
 from ..core import UserError, row_chunks
-from ..data.envs import VectorEnv
+from ..inputs import COUNT, NATURAL, SEED
+from ..data.envs import VectorEnv, check_seeds
 from ..data.planner import Planner
 from ..data.stores import EpisodeStore, seeds_of
 from .statistics import Records, compare
@@ -28,7 +29,7 @@ class RandomPolicy:
 
     def __init__(self, action_dim: int, seed: int = 0) -> None:
         self.action_dim = action_dim
-        self.seed = seed
+        self.seed = SEED.check("seed", seed)
 
     def reset(self, n: int) -> None:
         "Begins `n` episodes."
@@ -150,11 +151,13 @@ def evaluate_policy(
 
     All seeds run as one batch, unless the policy has `rows()`, which says how many it can hold at a time; it
     then gets `reset(n, first)`, so that the episode of a seed does not depend on the batch.
-    Raises `UserError` when an action is not finite or has the wrong shape.
+    Raises `UserError` when an action is not finite or has the wrong shape, and for seeds and numbers that
+    cannot be.
     """
-    seeds = [int(seed) for seed in seeds]
-    if not seeds or decisions < 1:
-        raise UserError(f"{len(seeds)} seeds, {decisions} decisions; expected at least one of each")
+    seeds = check_seeds(seeds)
+    COUNT.check("decisions", decisions)
+    COUNT.check("workers", workers)
+    NATURAL.check("keep", keep)
     name = name or getattr(policy, "name", getattr(policy, "__name__", type(policy).__name__))
     is_drawn = keep > 0 or getattr(policy, "sees", "frames") == "frames"
     at_once = policy.rows() if hasattr(policy, "rows") else len(seeds)

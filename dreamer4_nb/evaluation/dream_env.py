@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core import UserError, to_uint8
+from ..inputs import COUNT
 from ..data.stores import EpisodeStore
 from ..data.windows import Windows
 from ..method.blocks import empty_cache
@@ -95,10 +96,14 @@ class DreamFilm:
     def step(self, action: np.ndarray) -> np.ndarray:
         """Dreams and draws the frame that follows an action.
 
-        action: (a,) in [-1, 1]; a world of wider actions gets zeros in the rest.
+        action: (a,) in [-1, 1]; a world of wider actions gets zeros in the rest. `UserError` for more.
         """
-        padded = torch.zeros(1, self.world.dynamics.config.action_dim)
-        padded[0, :len(action)] = torch.as_tensor(action)
+        width = self.world.dynamics.config.action_dim
+        action = np.asarray(action, np.float32)
+        if action.ndim != 1 or len(action) > width or not np.isfinite(action).all():
+            raise UserError(f"action {action}; expected at most {width} finite numbers")
+        padded = torch.zeros(1, width)
+        padded[0, :len(action)] = torch.from_numpy(action)
         latents = self.world.imagine(self.dream, padded.to(self.world.device))
         self._draw(latents[:, None])
         return self.frame
@@ -125,8 +130,8 @@ class DreamEnv(gymnasium.Env):
                  reward: Head | None = None, agent: Tensor | None = None, render_mode: str = "rgb_array",
                  continues: Head | None = None) -> None:
         self.world = world
-        self.windows = Windows(contexts, prefix, 1)
-        self.length = length
+        self.windows = Windows(contexts, COUNT.check("prefix", prefix), 1)
+        self.length = COUNT.check("length", length)
         self.reward = reward
         self.continues = continues
         self.agent = _agent_tokens(world, agent, are_read=bool(reward or continues))

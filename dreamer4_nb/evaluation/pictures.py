@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..core import UserError, atomic_path, check_shape, to_uint8
+from ..inputs import COUNT
 
 # %% ../../nbs/42_pictures.ipynb #cell-37
 _COLORS = ["#1f5fa8", "#d9722c", "#3a8f5c", "#a23b72", "#7a7a7a", "#c9a227"]
@@ -60,6 +61,8 @@ def save_video(path: str | Path, frames: Tensor | np.ndarray, fps: int = 25, sca
     kind = Path(path).suffix
     if kind not in (".webp", ".gif", ".mp4"):
         raise UserError(f"a video cannot be written as '{kind}'; expected .webp, .gif or .mp4")
+    COUNT.check("fps", fps)
+    COUNT.check("scale", scale)
     enlarged = to_uint8(frames).repeat(scale, 1).repeat(scale, 2)
     with atomic_path(path) as part:
         if kind == ".mp4":

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import (RowGenerators, UserError, atomic_path, autocast, inference_dtype,
                               step_generator, to_float, to_uint8)
+from ..inputs import read_json
 from ..data.stores import EpisodeStore
 from .closed_loop import closed_loop_table
 from .pictures import METRICS
@@ -123,7 +124,8 @@ h2{margin-top:2.5rem;border-bottom:1px solid #ddd}
 table{border-collapse:collapse;margin:1rem 0}
 td,th{padding:.25rem .8rem;white-space:nowrap;text-align:left;border-bottom:1px solid #eee}
 td,th{font-variant-numeric:tabular-nums}
-th{color:#555}
+th{color:#555;white-space:normal;vertical-align:bottom}
+.wide{overflow-x:auto}
 figure{display:inline-block;margin:.5rem 1rem .5rem 0}
 figcaption{color:#555;max-width:36rem}
 img{max-width:100%}
@@ -140,13 +142,13 @@ def _cell(value: object) -> str:
 
 
 def _table(rows: list[dict]) -> str:
-    "Rows as an HTML table."
+    "Rows as an HTML table, which scrolls where the page is narrower."
     head = "".join(f"<th>{html.escape(name)}</th>" for name in rows[0])
     lines = [f"<tr>{head}</tr>"]
     for row in rows:
         cells = "".join(f"<td>{_cell(value)}</td>" for value in row.values())
         lines.append(f"<tr>{cells}</tr>")
-    return f"<table>{''.join(lines)}</table>"
+    return f"<div class=wide><table>{''.join(lines)}</table></div>"
 
 
 def _picture(path: Path) -> str:
@@ -261,7 +263,7 @@ def _dream_tables(results: dict) -> str:
     numbers = {name: value for name, value in dream.items() if isinstance(value, (int, float))}
     settings = ", ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in numbers.items())
     note = f"Dream: of the world after phase 1; in use: after phase 2, where the policy acts. {settings}"
-    return _table(_by_metric(means)) + f"<p class=note>{note}</p>"
+    return _table(_by_metric(means)) + f"<p class=note>{html.escape(note)}</p>"
 
 
 def _figures(run_dir: Path, section: str, captions: dict[str, str]) -> str:
@@ -327,15 +329,17 @@ def report(run_dir: str | Path) -> Path:
     run_dir: holds results.json (closed_loop, tokenizer, dream, phases, preset) and figures/SECTION-*.png and
     .webp, each captioned by results["captions"].
 
-    Raises `UserError` when there are no results.
+    Raises `UserError` when there are no results, or damaged ones.
     """
     run_dir = Path(run_dir)
+    remedy = f"make it with `dreamer4 demo --run {run_dir}`"
+    results = read_json(run_dir / "results.json", remedy)
     try:
-        results = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"no results to report in {run_dir} ({error}); "
-                        f"run `dreamer4 demo --run {run_dir}` first") from None
+        page = _page(results, run_dir)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{run_dir / 'results.json'} holds no whole results ({reason}); {remedy}") from error
     path = run_dir / "report.html"
     with atomic_path(path) as part:
-        part.write_text(_page(results, run_dir), encoding="utf-8")
+        part.write_text(page, encoding="utf-8")
     return path

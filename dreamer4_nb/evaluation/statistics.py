@@ -6,7 +6,6 @@
 __all__ = ['Records', 'interval', 'bootstrap', 'compare', 'runs_interval', 'pmpo_gains']
 
 # %% ../../nbs/12_statistics.ipynb #f616ceb4
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 from ..core import UserError, check_shape, write_json
+from ..inputs import read_json
 from ..data.tasks import solved
 
 # %% ../../nbs/12_statistics.ipynb #cell-7
@@ -23,19 +23,32 @@ _COLUMNS = ("seed", "success", "final_success", "return", "first_success")
 _FORMER = {"success": "any", "final_success": "held", "first_success": "first"}
 
 
+_KINDS = {"seed": "iu", "success": "b", "final_success": "b", "return": "iuf", "first_success": "iu"}
+
+
+def _read_column(rows: list[dict], name: str) -> np.ndarray:
+    "A column of the rows of a file. Raises `ValueError` if it does not hold finite numbers of its kind."
+    key = name if name in rows[0] else _FORMER[name]
+    column = np.array([row[key] for row in rows])
+    if column.ndim != 1 or column.dtype.kind not in _KINDS[name] or not np.isfinite(column).all():
+        raise ValueError(f"{key} is {column.dtype} {column.shape}")
+    return column
+
+
 def _read_records(path: str | Path) -> dict:
     "What a file written by `Records.save` holds, by field. Raises `UserError` where it is not whole."
+    remedy = "make it with `dreamer4 evaluate`"
+    saved = read_json(path, remedy)
+    kinds = {"policy": str, "task": str, "decisions": int, "info": dict}
     try:
-        saved = json.loads(Path(path).read_text(encoding="utf-8"))
-        fields = {name: saved[name] for name in ("policy", "task", "decisions", "info")}
-        rows = saved["episodes"]
-        for name in _COLUMNS:
-            key = name if name in rows[0] else _FORMER[name]
-            fields[name] = np.array([row[key] for row in rows])
-    except (OSError, ValueError, LookupError, TypeError) as error:
+        fields = {name: saved[name] for name in kinds}
+        wrong = [name for name, kind in kinds.items() if not isinstance(fields[name], kind)]
+        if wrong or fields["decisions"] < 1:
+            raise ValueError(f"{wrong or 'decisions'} cannot be")
+        fields |= {name: _read_column(saved["episodes"], name) for name in _COLUMNS}
+    except (ValueError, LookupError, TypeError) as error:
         reason = f"{type(error).__name__}: {error}"
-        raise UserError(f"no whole records at {path} ({reason}); "
-                        "make them with `dreamer4 evaluate`") from None
+        raise UserError(f"{path} holds no whole records ({reason}); {remedy}") from None
     fields["returns"] = fields.pop("return")
     return fields
 

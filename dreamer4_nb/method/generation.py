@@ -14,6 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..core import RowGenerators, UserError, check_shape, memory_budget, row_chunks
+from ..inputs import COUNT
 from .blocks import CacheSlot, KVCache, compile_layers, empty_cache, next_slot
 from .dynamics import Dynamics
 from .flow import interpolate, noise_like
@@ -128,6 +129,25 @@ class WorldModel(nn.Module):
         return self.dynamics.denormalize(z)[:, 0]
 
 # %% ../../nbs/09_generation.ipynb #4cf7fc30
+def _check_rollout(latents: Tensor, actions: Tensor, prefix: int, action_known: Tensor | None) -> None:
+    "`UserError` where `rollout` cannot be had of its arguments."
+    b = check_shape("latents", latents, "b t n d")["b"]
+    t = check_shape("actions", actions, "b t a", b=b)["t"]
+    if action_known is not None:
+        check_shape("action_known", action_known, "b t", b=b, t=t)
+    COUNT.check("prefix", prefix)
+    if prefix > latents.shape[1]:
+        raise UserError(f"prefix is {prefix} but there are latents of {latents.shape[1]} frames; "
+                        "give as many or a smaller prefix")
+    if prefix >= t:
+        raise UserError(f"actions of {t} frames leave none to dream after a prefix of {prefix}; "
+                        "give one action for each frame of the prefix and of the dream")
+    given = {"latents": latents[:, :prefix], "actions": actions}
+    unfit = [name for name, values in given.items() if not torch.isfinite(values).all()]
+    if unfit:
+        raise UserError(f"{' and '.join(unfit)} have NaN or infinity; expected finite numbers")
+
+# %% ../../nbs/09_generation.ipynb #ee893d2a
 def _rollout_rows(world: WorldModel, latents: Tensor, actions: Tensor, prefix: int, generator: RowGenerators,
                   agent: Tensor | None, action_known: Tensor | None, rows: range) -> Tensor:
     "`rollout` of some rows, at once."
@@ -148,7 +168,9 @@ def rollout(world: WorldModel, latents: Tensor, actions: Tensor, prefix: int,
     latents: (b, prefix or more, n, d); actions: (b, t, action_dim); agent: (b, n_agent, width)
     action_known: (b, t) bool; by default as for `WorldModel.observe`
     budget: with `RowGenerators`, bytes that the rows of a chunk may take (default: `memory_budget`), which
-        changes nothing in the result; with one generator for all rows they run at once"""
+        changes nothing in the result; with one generator for all rows they run at once
+    `UserError` for a prefix below 1 or beyond the latents, for too few actions, and NaN."""
+    _check_rollout(latents, actions, prefix, action_known)
     if isinstance(generator, RowGenerators):
         each = inference_bytes(world.dynamics.transformer, prefix)
         chunks = row_chunks(len(latents), each, budget or memory_budget(world.device))

@@ -501,9 +501,9 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     trainable: names of modules or prefixes of parameters; all others stay frozen.
     progress: show a bar.
 
-    Under `torchrun` gradients are averaged over ranks and rank 0 saves. With `config.shard` weights are spread
-    over ranks, and each rank saves its part, in the folder `name.train`. The run can continue on another
-    number of ranks with as many batches a step.
+    Under `torchrun` gradients are averaged over ranks and rank 0 saves. With `config.shard` weights are
+    spread over ranks, and each rank saves its part, in the folder `name.train`. The run can continue on
+    another number of ranks with as many batches a step.
 
     `UserError` for a loss that is not finite, a checkpoint of another config, or a full disk; the last good
     checkpoint stays. Ctrl-C saves, says how to continue (`resume_hint`) and raises `KeyboardInterrupt`."""

@@ -109,7 +109,8 @@ def check_measurable(held_out: EpisodeStore, prefix: int, length: int) -> None:
     held_out: frames or latents of the held-out episodes.
     prefix: frames that a dream is given; the task must not be solved in any of them.
     length: frames of a dream, including the prefix."""
-    for task in held_out.tasks:
+    for number in np.unique(held_out.task_ids):
+        task = held_out.tasks[number]
         own = held_out.of_task(task)
         parts = np.split(own.column("rewards"), np.cumsum(own.lengths)[:-1])
         begins = [~solved(task, part[:len(part) - length + prefix]) for part in parts if len(part) >= length]
@@ -197,9 +198,9 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
     batch, length: clips in a batch, and frames in a clip.
     focus: share of clips drawn from before the first reward.
     perceptual: weight of the perceptual term, 0 for none.
-    slow_steps: steps of a second part, saved separately, in which latents become slow (`config.slowness`). Its
-        batches have as many frames in longer clips. Many unrelated frames are best to find small things, but
-        neighbors that are compared need a full past. With 0 the first part makes the tokenizer.
+    slow_steps: steps of a second part, saved separately, in which latents become slow (`config.slowness`).
+        Its batches have as many frames in longer clips. Many unrelated frames are best to find small things,
+        but neighbors that are compared need a full past. With 0 the first part makes the tokenizer.
     `UserError` if the numbers of backgrounds and tasks differ, and for a single clip where clips are
     compared."""
     clips, long = slow_clips(config, batch, length, slow_steps)
@@ -303,8 +304,8 @@ def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, 
     focus: share of the relevant windows drawn from before the first reward.
     labels: which actions are cloned, "intended" or "executed".
 
-    Returns (dynamics, heads). The losses are weighted by `AGENT_LOSS_WEIGHTS`, and the bins of the reward head
-    reach the largest reward of the data.
+    Returns (dynamics, heads). The losses are weighted by `AGENT_LOSS_WEIGHTS`, and the bins of the reward
+    head reach the largest reward of the data.
     `UserError` for other labels, if the width or action_dim of the heads is not that of the dynamics, and for
     keys ("bernoulli") if the data has actions other than 0 and 1."""
     check_agent(config, dynamics.config, latents, labels)
@@ -356,8 +357,8 @@ def train_imagination(latents: EpisodeStore, world: WorldModel, heads: AgentHead
 
     The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their
     RMS here: the PMPO loss is a difference of log-likelihoods, whose size says nothing about its gradient.
-    The bins of the value head reach the largest return of the data under γ; if those of `heads` do not, a new
-    value head is trained."""
+    The bins of the value head reach the largest return of the data under γ; if those of `heads` do not, a
+    new value head is trained."""
     seed_everything(train.seed)
     value, heads_config = value_head_for(heads, largest_return(latents, config.gamma))
     policy = copy.deepcopy(heads.policy)

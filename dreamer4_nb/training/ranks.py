@@ -202,7 +202,7 @@ def shard_module(loss_module: LossModule, mesh: DeviceMesh, dtype: torch.dtype, 
 # %% ../../nbs/35_ranks.ipynb #cell-26
 @contextlib.contextmanager
 def gradient_sync(step_module: nn.Module, now: bool) -> Iterator[None]:
-    "Inside, a backward pass averages gradients over the ranks; if not `now`, it only adds them up on this rank."
+    "Inside, a backward pass averages gradients over the ranks; if not `now`, it adds them up on this rank."
     waiting = contextlib.nullcontext()
     if isinstance(step_module, FSDPModule):
         step_module.set_requires_gradient_sync(now)
