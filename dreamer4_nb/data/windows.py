@@ -84,7 +84,7 @@ class Sampler:
         self.batch = batch
         self.seed = seed
         self.cdf = np.cumsum(chances)
-        self.probabilities = np.diff(self.cdf, prepend=0) / self.cdf[-1]  # (W,) of each window to be a given row
+        self.probabilities = np.diff(self.cdf, prepend=0) / self.cdf[-1]  # (W,) of each window for one row
         self.steps = max(1, len(chances) // batch)                        # batches in an epoch
         self._last: tuple[int, np.ndarray] | None = None                  # an epoch, and its windows in order
 
