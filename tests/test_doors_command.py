@@ -131,7 +131,7 @@ def test_what_killed_processes_left_is_cleared(data, tmp_path):
     run.folder.mkdir()
     (run.folder / ".agent.host-99999999.part.safetensors").write_text("", encoding="utf-8")
     (run.folder / ".latents.zarr.99-abc" / "c").mkdir(parents=True)
-    with run.alone():
+    with chain.alone_in(run):
         assert {path.name for path in run.folder.iterdir()} == {".lock", "config.json"}
 
 

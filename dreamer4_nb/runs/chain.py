@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Split', 'DOES', 'pick_threads', 'open_episodes', 'phase_arguments', 'to_device', 'read_config', 'expected_models',
-           'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in', 'missing',
-           'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run', 'make_part', 'phase_inputs',
-           'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
+           'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in',
+           'train_parts', 'missing', 'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run',
+           'make_part', 'phase_inputs', 'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
 
 # %% ../../nbs/50_chain.ipynb #cell-3
 import time
@@ -166,7 +166,6 @@ class Run:
 
     folder: for all that is made. `UserError` when a part in it was made with other settings.
     only: the one part that may be trained; those before it must be there.
-
     Nothing is written before the folder is this process's alone; reading needs no lock."""
 
     store: EpisodeStore = part_property("data", "All episodes.")
@@ -191,10 +190,6 @@ class Run:
         "Where a part is kept."
         return self.folder / ("latents.zarr" if name == "latents" else f"{name}.safetensors")
 
-    def alone(self) -> AbstractContextManager[None]:
-        "A context in which the folder is this run's: see `alone_in`."
-        return alone_in(self)
-
     def phase(self, name: str, what: str) -> AbstractContextManager[None]:
         "A context in which a phase does its work: see `PhaseNotes.phase`."
         settings = phase_settings(self.preset, name)
@@ -203,18 +198,9 @@ class Run:
     def train(self, name: str) -> Any:
         """Makes what the folder does not hold, up to the part `name`, which is returned.
 
-        A part that was interrupted goes on. `UserError` if another process is at work in the folder, and
-        before anything is trained if data or settings do not suit one of the parts."""
-        todo = [part for part in PARTS[:PARTS.index(name) + 1] if not self.path(part).exists()]
-        for part in todo:
-            if part != "latents" and self.only not in (None, part):
-                raise missing(self, part)
-        if todo:
-            with self.alone():
-                check_run(self, name)
-                for part in todo:
-                    if not self.path(part).exists():
-                        make_part(self, part)
+        A part that was interrupted goes on. `UserError` if another process is at work there, and before
+        anything is trained if data or settings do not suit one of the parts."""
+        train_parts(self, name)
         return self.load(name)
 
     def load(self, name: str) -> Any:
@@ -247,6 +233,20 @@ def alone_in(run: Run) -> Iterator[None]:
             check_parts(run.notes, run.preset)
             write_json(run.folder / "config.json", to_dict(run.asked))
         yield
+
+
+def train_parts(run: Run, name: str) -> None:
+    "Makes what the folder of a run does not hold, up to the part `name`: see `Run.train`."
+    todo = [part for part in PARTS[:PARTS.index(name) + 1] if not run.path(part).exists()]
+    for part in todo:
+        if part != "latents" and run.only not in (None, part):
+            raise missing(run, part)
+    if todo:
+        with alone_in(run):
+            check_run(run, name)
+            for part in todo:
+                if not run.path(part).exists():
+                    make_part(run, part)
 
 # %% ../../nbs/50_chain.ipynb #0861318a
 def missing(run: Run, name: str) -> UserError:

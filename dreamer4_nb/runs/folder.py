@@ -166,10 +166,7 @@ class PhaseNotes:
 
     @contextmanager
     def alone(self) -> Iterator[None]:
-        """The folder is this process's (of a job: its first rank's) as long as this lasts.
-
-        What killed processes left there is cleared, and what others noted meanwhile is read.
-        `UserError` if it is another one's."""
+        "Inside, the folder is this process's (of a job: its first rank's). `UserError` if it is another's."
         if process_rank() != 0 or self.lock.is_locked:
             yield
             return

@@ -45,7 +45,7 @@ from ..evaluation.statistics import Records, compare
 from ..method.agent import Policy
 from ..method.checkpoints import load_agent, load_dynamics, load_imagination, load_tokenizer
 from ..method.generation import WorldModel
-from .chain import Run, TaskView, by_task, check_run
+from .chain import Run, TaskView, alone_in, by_task, check_run
 from .folder import ORDER
 from ..training.phases import check_measurable
 
@@ -322,7 +322,7 @@ def finish(run: Run) -> list[Path]:
     trained if something cannot be measured in the end."""
     episodes = run.preset.evaluation.episodes
     judged = []
-    with run.alone():
+    with alone_in(run):
         check_run(run, "imagination")
         for view in by_task(run):
             check_judged(view)
