@@ -206,6 +206,25 @@ def test_environments_are_drawn_in_any_thread():
     assert all(map(np.array_equal, one_by_one * 5, drawn))
 
 
+def states_of_episodes(seed):
+    own = make_env(BALL, seed, None)
+    states = []
+    for _ in range(3):
+        own.reset(seed)
+        for _ in range(40):
+            own.step([0.5, -0.5])
+            states.append(own.state())
+    return np.array(states)
+
+
+def test_threads_do_not_change_each_others_physics():
+    "They share a model, which dm_control changes while it resets."
+    alone = list(map(states_of_episodes, range(16)))
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(states_of_episodes, range(16)))
+    assert all(map(np.array_equal, alone, together))
+
+
 def test_two_threads_may_draw_first_and_the_way_to_draw_may_be_in_capitals():
     code = ("from concurrent.futures import ThreadPoolExecutor; from dreamer4_nb.data.envs import make_env\n"
             "with ThreadPoolExecutor(4) as threads:\n"

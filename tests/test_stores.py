@@ -63,7 +63,7 @@ def as_version_1(path):
     "Makes the store at `path` what layout version 1 was: no array of seeds, no note of how wide actions are."
     shutil.rmtree(path / "seed")
     attributes = zarr.open_group(str(path), mode="r+").attrs
-    attributes.put({k: v for k, v in attributes.asdict().items() if k != "action_dims"} | {"version": 1})
+    attributes.put({k: v for k, v in attributes.asdict().items() if k not in ("action_dims", "seal")} | {"version": 1})
     return EpisodeStore.open(path)
 
 

@@ -99,6 +99,11 @@ def _compiled(domain: str, name: str) -> control.Environment:
         logging.set_verbosity(verbosity)
 
 
+# dm_control switches a model's actuators off while it resets, and environments share their model:
+# one thread at a time resets or steps.
+_PHYSICS = threading.Lock()
+
+
 def load_task(task: str, seed: int, share: bool = True) -> control.Environment:
     """A new dm_control environment without a time limit.
 
@@ -111,7 +116,8 @@ def load_task(task: str, seed: int, share: bool = True) -> control.Environment:
     rules = copy.copy(compiled.task)
     rules._random = np.random.RandomState(SEED.check("seed", seed))
     substeps = round(compiled.control_timestep() / compiled.physics.timestep())
-    physics = compiled.physics.copy(share_model=share)
+    with _PHYSICS:
+        physics = compiled.physics.copy(share_model=share)
     return control.Environment(physics, rules, n_sub_steps=substeps)
 
 # %% ../../nbs/26_envs.ipynb #cell-31
@@ -239,9 +245,18 @@ def _write_state(model: mujoco.MjModel, data: mujoco.MjData, info: TaskInfo, sta
         model.geom(info.target).pos[:2] = state[n_moving:]
     data.qpos = state[:n_positions]
     data.qvel = state[n_positions:n_moving]
-    mujoco.mj_forward(model, data)
+    with _PHYSICS:
+        mujoco.mj_forward(model, data)
 
 # %% ../../nbs/26_envs.ipynb #4730a197
+def _begin(env: control.Environment, seed: int | None) -> None:
+    "Reset an environment, by a new seed if there is one."
+    if seed is not None:
+        env.task._random = np.random.RandomState(SEED.check("seed", seed))
+    with _PHYSICS:
+        env.reset()
+
+
 def _repeated(env: control.Environment, action: np.ndarray, repeat: int) -> tuple[float, float, bool]:
     """The same action in `repeat` control steps, fewer if the task ends.
 
@@ -249,7 +264,8 @@ def _repeated(env: control.Environment, action: np.ndarray, repeat: int) -> tupl
     """
     reward = 0.0
     for _ in range(repeat):
-        step = env.step(action)
+        with _PHYSICS:
+            step = env.step(action)
         reward += step.reward
         if step.last():
             break
@@ -277,9 +293,7 @@ class Env:
 
     def reset(self, seed: int | None = None) -> np.ndarray | None:
         "Begin an episode: its first frame (h, w, 3) uint8. Without a seed the last random numbers go on."
-        if seed is not None:
-            self.env.task._random = np.random.RandomState(SEED.check("seed", seed))
-        self.env.reset()
+        _begin(self.env, seed)
         self.decisions = 0
         self.over = False
         return self.render()

@@ -6,7 +6,9 @@
 __all__ = ['GROUP_BYTES', 'group_episodes', 'Moments', 'encode_latents']
 
 # %% ../../nbs/30_latents.ipynb #4a2edb8b
+import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import UserError
-from .arrays import atomic_store
+from ..inputs import COUNT
+from .arrays import exists, remove_store, resumable_store
 from .stores import Episode, EpisodeStore
 
 # %% ../../nbs/30_latents.ipynb #8abd2283
@@ -61,15 +64,11 @@ class Moments:
         return {"mean": mean.tolist(), "std": variance.sqrt().tolist()}
 
 # %% ../../nbs/30_latents.ipynb #eb446df8
-def _create_like(store: EpisodeStore, path: str | Path, shape: tuple[int, ...],
-                 attributes: dict) -> EpisodeStore:
-    "A new store for latents of `shape` (n, d), with the tasks, qualities and widths of `store`."
-    out = EpisodeStore.create(path, store.tasks[0], store.action_dim, shape, store.state_dim,
-                              "latents", "float16", **attributes)
+def _noted(store: EpisodeStore, attributes: dict) -> dict:
+    "What a store of the latents of `store` notes besides `attributes`: tasks, qualities, widths."
     known = store.attributes
     inherited = {key: known[key] for key in ("tasks", "qualities", "state_dims") if key in known}
-    out.arrays.group.attrs.update(inherited | {"action_dims": store.action_dims})
-    return out
+    return inherited | {"action_dims": store.action_dims} | attributes
 
 
 def _encode_group(episodes: list[Episode], encode: Callable[[Tensor], Tensor]) -> Tensor:
@@ -90,11 +89,51 @@ def _as_latents(episode: Episode, latents: Tensor, state_dim: int) -> Episode:
     return replace(episode, frames=None, latents=latents.numpy(), states=states)
 
 # %% ../../nbs/30_latents.ipynb #79c38c54
+def _is_part(out: EpisodeStore, store: EpisodeStore, noted: dict) -> bool:
+    "Whether a store of latents holds the first episodes of `store`, all but the latents."
+    known = out.attributes
+    same = out.action_dim == store.action_dim and len(out) <= len(store)
+    if not same or any(known.get(key) != value for key, value in json.loads(json.dumps(noted)).items()):
+        return False
+    begun = store.subset(np.arange(len(out)))
+    same = np.array_equal(out.lengths, begun.lengths) and np.array_equal(out.seeds, begun.seeds)
+    for name in ("actions", "rewards"):
+        same = same and np.array_equal(out.column(name), begun.column(name))
+    return same
+
+
+def _stored_group(out: EpisodeStore, group: list[int]) -> Tensor:
+    "The latents (b, t, n, d) of episodes that have been encoded."
+    stop = out.starts[group[-1]] + out.lengths[group[-1]]
+    rows = torch.from_numpy(out.arrays.read("latents", out.starts[group[0]], stop))
+    return rows.unflatten(0, (len(group), -1))
+
+
+def _unfinished(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: str | Path,
+                groups: list[list[int]], noted: dict) -> EpisodeStore | None:
+    """The store that an interrupted encoding left at `path`, for appending; None if it left none of use.
+
+    It is of use if it has the same episodes, and the first group encoded anew gives the latents that it has.
+    """
+    if not exists(path):
+        return None
+    with suppress(UserError):  # damaged
+        out = EpisodeStore.open(path, "a")
+        ends = [0] + [group[-1] + 1 for group in groups]
+        if len(out) in ends[1:] and _is_part(out, store, noted):
+            first = _encode_group([store.episode(i) for i in groups[0]], encode).half()
+            if torch.equal(first, _stored_group(out, groups[0])):
+                return out
+        del out
+    remove_store(path)
+    return None
+
+# %% ../../nbs/30_latents.ipynb #3c8a40a4
 def encode_latents(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path: str | Path, batch: int = 8,
                    overwrite: bool = False, progress: bool = True, **attributes) -> EpisodeStore:
     """The same episodes as latents (N, n, d) float16, with the `mean` and `std` (n, d) of their values.
 
-    Episode i there is episode i of `store`.
+    Episode i there is episode i of `store`. After an interruption the same call goes on where it stopped.
 
     store: of frames.
     encode: gets whole episodes, frames (b, t, h, w, c) uint8 on the CPU, and gives latents (b, t, n, d).
@@ -105,20 +144,28 @@ def encode_latents(store: EpisodeStore, encode: Callable[[Tensor], Tensor], path
     attributes: kept with the store, for instance which tokenizer made it.
     `UserError` if `path` exists, if the store is empty, or if the latents have another shape.
     """
-    out = None
+    COUNT.check("batch", batch)
+    if store.observation != "frames":
+        raise UserError(f"{store.path} holds {store.observation}; expected frames, which are encoded")
+    if not len(store):
+        raise UserError(f"{store.path}: nothing to encode, the view is empty")
     moments = Moments()
     groups = group_episodes(store.lengths, int(np.prod(store.shape)), batch)
-    with atomic_store(path, overwrite) as beside:
+    noted = _noted(store, attributes)
+    with resumable_store(path, overwrite) as beside:
+        out = _unfinished(store, encode, beside, groups, noted)
         for group in tqdm(groups, desc="encoding", disable=not progress, leave=False):
+            if out is not None and group[-1] < len(out):
+                moments.add(_stored_group(out, group))
+                continue
             episodes = [store.episode(i) for i in group]
             latents = _encode_group(episodes, encode)
             if out is None:
-                out = _create_like(store, beside, tuple(latents.shape[2:]), attributes)
-            moments.add(latents)
+                out = EpisodeStore.create(beside, store.tasks[0], store.action_dim, tuple(latents.shape[2:]),
+                                          store.state_dim, "latents", "float16", **noted)
+            moments.add(latents.half())  # as they are stored: those of a resumed encoding are the same
             pairs = zip(episodes, latents)
             out.extend([_as_latents(episode, own, store.state_dim) for episode, own in pairs])
-        if out is None:
-            raise UserError(f"{store.path}: nothing to encode, the view is empty")
         out.arrays.group.attrs.update(moments.as_attributes())
         out.finish()
     return EpisodeStore.open(path)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core import Batch, UserError
+from ..inputs import COUNT
 from .windows import Windows
 
 # %% ../../nbs/32_mixtures.ipynb #8556cce5
@@ -50,13 +51,16 @@ def concatenate(batches: list[Batch]) -> Batch:
 # %% ../../nbs/32_mixtures.ipynb #807f6e13
 def _check_parts(parts: list[tuple[Windows, int, bool]]) -> None:
     "`UserError` for parts that do not fit into one batch."
-    if not parts or any(len(part) != 3 for part in parts):
+    if not parts or any(len(part) != 3 or not isinstance(part[0], Windows) for part in parts):
         raise UserError("a mixture needs parts; expected [(windows, n_rows, relevant), ...]")
+    for _, n_rows, _ in parts:
+        COUNT.check("rows of a part", n_rows)
     lengths = [windows.length for windows, _, _ in parts]
     if len(set(lengths)) > 1:
         raise UserError(f"windows of lengths {lengths}; expected one length in a mixture")
-    if len({windows.store.observation for windows, _, _ in parts}) > 1:
-        raise UserError("a mixture of frames and latents; expected one kind")
+    kinds = {f"{windows.store.observation} of {windows.store.shape}" for windows, _, _ in parts}
+    if len(kinds) > 1:
+        raise UserError(f"a mixture of {' and '.join(sorted(kinds))}; expected one kind and shape")
 
 
 class Mixture:
@@ -67,7 +71,7 @@ class Mixture:
     sources; rows without action labels are never relevant.
 
     parts: [(windows, n_rows, relevant), ...], in the order of their rows.
-    `UserError` for windows of different lengths, and for frames beside latents.
+    `UserError` for windows of different lengths, for frames beside latents, and for parts without rows.
     """
     def __init__(self, parts: list[tuple[Windows, int, bool]]):
         _check_parts(parts)

@@ -9,6 +9,7 @@ __all__ = ['led_to', 'window_index', 'weighted_epoch', 'Sampler', 'even_chances'
            'Windows']
 
 # %% ../../nbs/31_windows.ipynb #daa6c835
+import reprlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from copy import copy
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from ..core import Batch, UserError, step_generator, to_float
+from ..inputs import COUNT, NATURAL, NOT_NEGATIVE, SHARE
 from .arrays import JoinedArrays, StoreArrays
 from .stores import EpisodeStore
 from .tasks import solved
@@ -135,9 +137,14 @@ def weighted_chances(episode_index: np.ndarray, weights: np.ndarray, n_episodes:
     """The chances of windows (W,) that `weights` (E,) of the episodes give.
 
     episode_index: (W,) of each window.
-    `UserError` for another number of weights, for negative ones, and if they leave no window.
+    `UserError` for another number of weights, for what is no number, for negative ones, and if they leave no
+    window.
     """
-    weights = np.asarray(weights, np.float64)
+    try:
+        weights = np.asarray(weights, np.float64)
+    except (TypeError, ValueError):
+        raise UserError(f"weights are {reprlib.repr(weights)}; "
+                        "expected one number for each episode") from None
     if weights.shape != (n_episodes,):
         raise UserError(f"weights have shape {weights.shape}; "
                         f"expected one for each of the {n_episodes} episodes")
@@ -182,10 +189,12 @@ class WindowIndex:
 def index_windows(store: EpisodeStore, length: int, pad: bool) -> WindowIndex:
     "All windows of a store; see `window_index`. `UserError` if there is none."
     lengths = store.lengths
+    if not len(lengths):
+        raise UserError(f"a view of {store.path} with no episode; expected one at least")
     episode_index, first_frame = window_index(lengths, length, pad)
     if not len(episode_index):
         raise UserError(f"no episode of {store.path} has {length} frames (the longest has "
-                        f"{max(lengths, default=0)}); use a shorter window, or pad=True")
+                        f"{max(lengths)}); use a shorter window, or pad=True")
     starts = store.starts[episode_index] + first_frame
     real = np.minimum(lengths, length)
     padded = bool((real[episode_index] < length).any())
@@ -368,13 +377,16 @@ def shares_line(length: int, n_episodes: int, shares: dict[str, float]) -> str:
             f"episodes, {percents['frames']}% of frames, {percents['reward']}% of reward")
 
 # %% ../../nbs/31_windows.ipynb #993041ce
-def _check_settings(length: int, batch: int, readers: int, focus: float, unlabelled: float) -> None:
-    "`UserError` for sizes below 1 and shares outside [0, 1]."
-    if min(length, batch, readers) < 1:
-        raise UserError(f"length={length}, batch={batch}, readers={readers}; expected at least 1")
-    for name, share in {"focus": focus, "unlabelled": unlabelled}.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{name}={share}; expected a share in [0, 1]")
+def _check_settings(length: int, batch: int, seed: int, readers: int, memory: float, focus: float,
+                    unlabelled: float) -> None:
+    "`UserError` for sizes below 1, a negative seed or memory, and shares outside [0, 1]."
+    COUNT.check("length", length)
+    COUNT.check("batch", batch)
+    COUNT.check("readers", readers)
+    NATURAL.check("seed", seed)
+    NOT_NEGATIVE.check("memory", memory)
+    SHARE.check("focus", focus)
+    SHARE.check("unlabelled", unlabelled)
 
 
 def hidden_rows(seed: int, step: int, batch: int, share: float) -> np.ndarray:
@@ -400,7 +412,7 @@ class Windows:
     def __init__(self, store: EpisodeStore, length: int, batch: int, seed: int = 0,
                  weights: Sequence[float] | np.ndarray | None = None, focus: float = 0.0,
                  unlabelled: float = 0.0, memory: int = 2 << 30, readers: int = 8, pad: bool = False):
-        _check_settings(length, batch, readers, focus, unlabelled)
+        _check_settings(length, batch, seed, readers, memory, focus, unlabelled)
         self.store = store
         self.tasks = store.tasks  # by their numbers in a batch
         self.length = length
@@ -425,6 +437,7 @@ class Windows:
 
     def with_rows(self, batch: int, seed: int, relevant: bool) -> "Windows":
         "The same windows and memory, drawn `batch` at a time by another seed."
+        COUNT.check("rows", batch)
         other = copy(self)
         other.batch = batch
         other.seed = seed
@@ -438,8 +451,16 @@ class Windows:
         return self.sampler.draw(step), hidden_rows(self.seed, step, self.batch, self.unlabelled)
 
     def at(self, numbers: int | Sequence[int] | np.ndarray, hide: np.ndarray | None = None) -> Batch:
-        "The windows with these numbers, 0 .. n_windows - 1; see `WindowIndex` and `read_batch`."
-        return read_batch(self.columns, np.atleast_1d(numbers), hide, self.relevant)
+        """The windows with these numbers, 0 .. n_windows - 1; see `WindowIndex` and `read_batch`.
+
+        `UserError` for other numbers.
+        """
+        numbers = np.atleast_1d(numbers)
+        whole = numbers.dtype.kind in "iu"
+        if not whole or not ((numbers >= 0) & (numbers < self.n_windows)).all():
+            raise UserError(f"windows {reprlib.repr(numbers.tolist())} were asked for; "
+                            f"expected whole numbers from 0 to {self.n_windows - 1}")
+        return read_batch(self.columns, numbers, hide, self.relevant)
 
     def __call__(self, step: int) -> Batch:
         return self.at(*self.draw(step))

@@ -131,7 +131,7 @@ def load_imagination(path: str | Path | None, heads: AgentHeads) -> AgentHeads:
     Raises `UserError` if it is not one for these heads.
     """
     state, config = _read(path, "tiny_imagination.safetensors", {"heads", "imagination"},
-                          "no imagination; give a checkpoint made by `dreamer4 train imagination`")
+                          "no checkpoint of phase 3; give one made by `dreamer4 train imagination`")
     saved = from_dict(AgentConfig, config["heads"])
     from_dict(ImaginationConfig, config["imagination"])  # `UserError` if it is damaged
     # Only the range of the value may differ: phase 3 chooses it.

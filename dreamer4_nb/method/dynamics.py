@@ -34,7 +34,7 @@ class DynamicsConfig:
     n_registers: Natural = 2
     n_agent: Natural = 0           # agent tokens (phases 2 and 3); nothing attends to them
     bootstrap_share: Share = 0.25  # rows of a batch that have a teacher and train the larger steps
-    # past frames as in use, at the context level; False = the paper, levels of their own
+    # train on past frames at the context signal level; False = each at a level of its own (paper)
     train_on_context: bool = False
     # more frames at the context level than the paper's draws put there (0 = the paper)
     p_context: Share = 0.0
@@ -79,7 +79,7 @@ class FrameInputs:
     i: Tensor               # (b, t), integer signal index: tau = i / k_max
     j: Tensor               # (b, t), integer step index: d = 2**-j
     actions: Tensor         # (b, t, action_dim) in [-1, 1]; actions[t] led to frame t
-    action_known: Tensor    # (b, t) bool; False for unlabelled video and for an episode's first frame
+    action_known: Tensor    # (b, t) bool; False for unlabeled video and for an episode's first frame
 
 
 def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> FrameInputs:

@@ -43,7 +43,7 @@ class TokenizerConfig:
     # how much more a pixel counts that is far from its own average, in the frame
     gain: NotNegative = 5.0
     output_weight: NotNegative = 0.1      # the same for such a pixel of the output, as a share of `gain`
-    # standard deviation over a batch that latents are held at: lower, they are ignored
+    # standard deviation over a batch that latents are held at; if it is lower, the decoder ignores them
     latent_std: NotNegative = 0.35
     latent_std_weight: NotNegative = 3.0  # weight of the distance from it; 0 = none
     # weight of changes from frame to frame, in both parts of training
@@ -130,7 +130,7 @@ POSITION_SCALE = 2.0    # of the position embedding beside the content of a patc
 def nearest_background(frames: Tensor, mean_frame: Tensor, patch: int, mask: Tensor | None = None) -> Tensor:
     """Number (...) of the mean frame nearest to each frame, by the average colors of patches.
 
-    frames: (..., c, h, w); mean_frame: (n, c, h, w); mask: (..., s), dropped patches, which have no say"""
+    frames: (..., c, h, w); mean_frame: (n, c, h, w); mask: (..., s), dropped patches, which do not count"""
     found = F.avg_pool2d(frames.float().flatten(0, -4), patch).flatten(2)               # (frames, c, s)
     known = F.avg_pool2d(mean_frame.float(), patch).flatten(2)                          # (n, c, s)
     distance = (found[:, None] - known).square().sum(2)                                 # (frames, n, s)
