@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'Settings', 'Demo', 'print_results', 'Train', 'opened', 'shipped_run', 'writable', 'Evaluate', 'Study',
-           'read_value', 'rows_table', 'parse_shard', 'Collect', 'Bench', 'Ship', 'range_text', 'show_ranges', 'main']
+           'read_value', 'rows_table', 'parse_shard', 'Collect', 'Bench', 'Ship', 'range_text', 'show_ranges',
+           'asked_preset', 'parse', 'main']
 
 # %% ../../nbs/55_cli.ipynb #cell-3
 import json
@@ -341,7 +342,7 @@ for command in (Preset, Evaluate, Study, Collect, Bench):
 
 # %% ../../nbs/55_cli.ipynb #4c74e207
 def asked_preset(arguments: list[str]) -> str:
-    "The preset that the arguments name, known or not; "tiny" if they name none."
+    "The preset that the arguments name, known or not; tiny if they name none."
     for k, argument in enumerate(arguments):
         if argument.startswith("--preset="):
             return argument.removeprefix("--preset=")
