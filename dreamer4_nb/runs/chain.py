@@ -34,8 +34,8 @@ from ..method.tokenizer import Tokenizer
 from .folder import (PARTS, PhaseNotes, differences, has_part, other_settings,
                                      phase_settings, read_header)
 from .presets import MINUTES, TINY, Preset, resolve
-from ..training.phases import (check_cloning, check_trainable, encode_store, train_agent, train_dynamics,
-                                         train_imagination, train_tokenizer)
+from ..training.phases import (check_cloning, check_trainable, encode_store, train_agent,
+                                         train_dynamics, train_imagination, train_tokenizer)
 
 # %% ../../nbs/50_chain.ipynb #cell-13
 def pick_threads(asked: int) -> int:

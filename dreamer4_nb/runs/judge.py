@@ -291,7 +291,7 @@ def measured(view: TaskView, in_use: bool = False) -> JsonDict:
     """Metrics of tokenizer and dream on held-out episodes, saved in metrics.json.
 
     "dream" is about the dynamics after phase 1.
-    in_use: also measure "dream_in_use", the world model after phase 2, in which the policy acts and learns."""
+    in_use: also measure "dream_in_use", the world model after phase 2, in which the policy acts."""
     run = view.run
     train, held = view.split
     length = dream_length(held)
