@@ -21,6 +21,8 @@ $(STAMP): settings.ini setup.py
 gl:
 	@.ci/setup gl
 
+# What was typed here is what the command says to type again.
+demo: export DREAMER4_COMMAND = make demo$(if $(ARGS), ARGS="$(ARGS)")
 demo: setup
 	$(BIN)/dreamer4 demo $(ARGS)
 

@@ -41,19 +41,19 @@ class UserError(Exception):
 
 
 def _world_size() -> int:
-    "How many ranks train together, as the environment says; 1 if it says nothing or no number."
+    "How many ranks train together, from the environment; 1 if it is not set or not a number."
     text = os.environ.get("WORLD_SIZE", "")
     return int(text) if text.isdecimal() else 1
 
 
 def process_rank() -> int:
-    "The number of this process among the ranks; 0 unless the environment sets a world of several."
+    "The number of this process among the ranks; 0 unless the environment sets several ranks."
     text = os.environ.get("RANK", "")
     return int(text) if _world_size() > 1 and text.isdecimal() else 0
 
 
 def print0(text: str = "") -> None:
-    "Prints a line of progress. Where several ranks train, only the first one speaks."
+    "Prints a line of progress. If several ranks train, only the first one prints."
     if process_rank() == 0:
         print(text, flush=True)
 
@@ -63,13 +63,13 @@ JsonDict = dict[str, Any]  # what JSON can hold
 # %% ../nbs/20_core.ipynb #22cc25a6
 @contextlib.contextmanager
 def sigterm_interrupts() -> Iterator[None]:
-    "Inside, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does. It changes nothing outside the main thread."
+    "Inside, SIGTERM raises `KeyboardInterrupt`, as Ctrl-C does. Outside the main thread it does nothing."
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt("SIGTERM")
 
     try:
         before = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # signals are the main thread's
+    except ValueError:  # only the main thread may set signals
         yield
         return
     try:
@@ -79,7 +79,7 @@ def sigterm_interrupts() -> Iterator[None]:
 
 # %% ../nbs/20_core.ipynb #cell-9
 def pick_device(name: str = "auto") -> torch.device:
-    "The device called `name`; `auto` takes a GPU where there is one. Raises `UserError` if it cannot be had."
+    "The device called `name`; `auto` takes a GPU if there is one. `UserError` if there is no such device."
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and _world_size() > 1 and "LOCAL_RANK" in os.environ:  # each rank has its own GPU
@@ -97,7 +97,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 # %% ../nbs/20_core.ipynb #cell-12
 def pick_dtype(device: torch.device) -> torch.dtype:
-    "The dtype of fast matrix products without overflow: bfloat16 where the hardware has it, else float32."
+    "The dtype of fast matrix products without overflow: bfloat16 if the hardware has it, else float32."
     if device.type == "cuda":
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
@@ -108,7 +108,7 @@ def pick_dtype(device: torch.device) -> torch.dtype:
 
 # %% ../nbs/20_core.ipynb #621a71c4
 def inference_dtype(device: torch.device) -> torch.dtype:
-    "The dtype of products where nothing is trained: bfloat16 on a GPU whose hardware has it, else float32."
+    "The dtype of products at inference: bfloat16 on a GPU whose hardware has it, else float32."
     return pick_dtype(device) if device.type == "cuda" else torch.float32
 
 # %% ../nbs/20_core.ipynb #baaf0b58
@@ -127,14 +127,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     "Matrix products inside run in `dtype`, weights stay float32. Does nothing for float32."
     if dtype == torch.float32:
         return contextlib.nullcontext()
-    # Old PyTorch caches casts made under no_grad (a teacher) without history: the student got no gradient.
+    # Old PyTorch caches casts made under no_grad (a teacher) without history: the student gets no gradient.
     return torch.autocast(device.type, dtype, cache_enabled=False)
 
 # %% ../nbs/20_core.ipynb #cell-21
 def cast_linear(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Casts the weights of all linear layers in `module`, in place, and returns it.
 
-    For use under `autocast(device, dtype)`; not for training.
+    For inference under `autocast(device, dtype)`; not for training.
     """
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -151,7 +151,7 @@ def seed_everything(seed: int) -> torch.Generator:
 
 # %% ../nbs/20_core.ipynb #cell-29
 def step_generator(*ints: int, device: torch.device | str = "cpu") -> torch.Generator:
-    "A generator seeded by a hash of `ints`, of (seed, step, rank) for instance: nothing has to be saved."
+    "A generator seeded by a hash of `ints`, for example (seed, step, rank). No state has to be saved."
     name = repr(tuple(int(i) for i in ints))
     digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     seed = int.from_bytes(digest, "little") >> 1
@@ -159,7 +159,7 @@ def step_generator(*ints: int, device: torch.device | str = "cpu") -> torch.Gene
 
 # %% ../nbs/20_core.ipynb #bfd4c0ca
 class RowGenerators:
-    "A generator for each row of a batch, so that what a row draws does not depend on the rows beside it."
+    "A generator for each row of a batch, so that a row's draws do not depend on the rows beside it."
     device = torch.device("cpu")
 
     def __init__(self, generators: list[torch.Generator]) -> None:
@@ -171,13 +171,13 @@ class RowGenerators:
         return cls([step_generator(seed, row) for row in rows])
 
     def select(self, rows: Tensor) -> "RowGenerators":
-        "The generators of some rows, by index. Rows that repeat share one, and draw from it in turn."
+        "The generators of some rows, by index. Repeated rows share one generator and draw from it in turn."
         return RowGenerators([self.generators[row] for row in rows.tolist()])
 
 
 def draw_rows(draw: Callable[[slice, torch.Generator], Tensor],
               generator: torch.Generator | RowGenerators) -> Tensor:
-    "`draw(rows, generator)` for all rows at once, or with `RowGenerators` for each row from its own, joined."
+    "`draw(rows, generator)` for all rows at once; with `RowGenerators`, row by row and joined."
     if isinstance(generator, torch.Generator):
         return draw(slice(None), generator)
     parts = [draw(slice(row, row + 1), own) for row, own in enumerate(generator.generators)]
@@ -185,7 +185,7 @@ def draw_rows(draw: Callable[[slice, torch.Generator], Tensor],
 
 # %% ../nbs/20_core.ipynb #8f70dffe
 def memory_budget(device: torch.device) -> int:
-    "Bytes that inference may take at a time: half of what a GPU has free, two gigabytes elsewhere."
+    "Bytes that inference may use at a time: half of a GPU's free memory, two gigabytes elsewhere."
     if device.type != "cuda":
         return 2 * 10**9
     free, _ = torch.cuda.mem_get_info(device)
@@ -193,9 +193,9 @@ def memory_budget(device: torch.device) -> int:
 
 
 def row_chunks(rows: int, bytes_each: float, budget: float) -> list[range]:
-    """Rows 0 .. rows - 1 in as few ranges of nearly one length as stay within `budget` bytes.
+    """Rows 0 .. rows - 1 in as few ranges of nearly equal length as stay within `budget` bytes.
 
-    bytes_each: what one row takes. A range has one row at least.
+    bytes_each: bytes of one row. A range has at least one row.
     """
     fitting = int(budget // max(bytes_each, 1))
     fitting = max(1, min(rows, fitting))
@@ -205,7 +205,7 @@ def row_chunks(rows: int, bytes_each: float, budget: float) -> list[range]:
 
 # %% ../nbs/20_core.ipynb #cell-34
 def cache_dir() -> Path:
-    "The folder for what can be made again: `$DREAMER4_CACHE`, or `~/.cache/dreamer4_nb`. It is created."
+    "The folder for files that can be made again: `$DREAMER4_CACHE` or `~/.cache/dreamer4_nb`. Creates it."
     path = Path(os.environ.get("DREAMER4_CACHE") or "~/.cache/dreamer4_nb").expanduser()
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def cache_dir() -> Path:
 
 # %% ../nbs/20_core.ipynb #cell-35
 def asset(name: str) -> Path:
-    "A file that ships with the package. Raises `UserError` with the names that there are."
+    "A file that ships with the package. Raises `UserError` with the names that exist."
     folder = Path(str(resources.files("dreamer4_nb"))) / "assets"
     if not (folder / name).exists():
         there = sorted(path.name for path in folder.glob("*")) or "none"
@@ -226,7 +226,7 @@ def asset(name: str) -> Path:
 
 # %% ../nbs/20_core.ipynb #cell-43
 def _remove(path: Path) -> None:
-    "Removes a file or a folder; one that is not there or cannot be removed is left alone."
+    "Removes a file or a folder if it exists and can be removed."
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -235,7 +235,7 @@ def _remove(path: Path) -> None:
 
 # %% ../nbs/20_core.ipynb #cell-44
 def _sync(path: Path) -> None:
-    "Asks the disk to really hold a file, or a folder's list of names."
+    "Asks the disk to really store a file, or a folder's list of names."
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -247,7 +247,7 @@ def _is_alive(process: int) -> bool:
     "Whether a process of this machine still runs."
     try:
         os.kill(process, 0)
-    except PermissionError:  # it runs, and is another user's
+    except PermissionError:  # it runs and belongs to another user
         return True
     except (OSError, OverflowError):
         return False
@@ -272,9 +272,9 @@ def clear_leftovers(folder: str | Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside `path` and renames it to `path` at the end.
 
-    A file or a folder may be made there. Whoever reads `path` sees the old content or the new, never a part.
+    It may become a file or a folder. A reader of `path` sees the old content or the new, never a part.
     After an exception the old content is untouched. Raises `UserError` if the disk is full or refuses.
-    What dead processes left in the folder is removed first.
+    Leftovers of dead processes in the folder are removed first.
     """
     path = Path(path)
     part = _part(path)
@@ -288,7 +288,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             _remove(path)
         os.replace(part, path)
         _sync(path.parent)
-    except FileNotFoundError:  # something that was to be read
+    except FileNotFoundError:  # raised by the caller's own reading
         raise
     except OSError as error:
         reason = error.strerror or error
@@ -311,9 +311,9 @@ def is_finite(x: Tensor) -> bool:
 
 
 def unfit_tensors(state: dict[str, Tensor]) -> list[str]:
-    """What of a state no checkpoint may hold, in words: NaN, infinity, and dtypes that are no weights'.
+    """Tensors that no checkpoint may hold, in words: NaN, infinity, and dtypes that weights do not have.
 
-    int64 is for the counters that some layers have.
+    int64 is allowed for the counters of some layers.
     """
     allowed = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64)
     wrong = []
@@ -337,7 +337,7 @@ def state_hash(state: dict[str, Tensor], config: str) -> str:
 def save_checkpoint(path: str | Path, state: dict[str, Tensor], config: JsonDict) -> None:
     """Writes tensors and their config (as JSON in the header) to one safetensors file, atomically.
 
-    `UserError` as in `unfit_tensors`: then nothing is written.
+    `UserError` for tensors that `unfit_tensors` reports; then nothing is written.
     """
     wrong = unfit_tensors(state)
     if wrong:
@@ -352,7 +352,7 @@ def save_checkpoint(path: str | Path, state: dict[str, Tensor], config: JsonDict
         file.write(data)
 
 # %% ../nbs/20_core.ipynb #cell-60
-# Parts of the names that an earlier version gave to weights, and what they are called now.
+# Parts of weight names in earlier versions, and their present names.
 FORMER_WEIGHTS = {
     "heads.reward.": "heads.predicted.reward.",
     "heads.continues.": "heads.predicted.continue.net.",
@@ -361,7 +361,7 @@ FORMER_WEIGHTS = {
 
 
 def current_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "Tensors that an earlier version wrote, under the names that they have now."
+    "Tensors written by an earlier version, under their present names."
     out = {}
     for key, value in state.items():
         for former, name in FORMER_WEIGHTS.items():
@@ -371,7 +371,7 @@ def current_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonDict]:
-    "Tensors and config of a file as they are. `UserError` if it is missing, cut short or foreign."
+    "Tensors and config of a file, unchecked. `UserError` if it is missing, cut short or foreign."
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}; train one first (`dreamer4 train --help`) "
                         "or correct the path")
@@ -395,8 +395,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonDict]:
 def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], JsonDict]:
     """Tensors (on the CPU) and config of a file.
 
-    `UserError` if it is missing, cut short, foreign or changed since it was written, and as in
-    `unfit_tensors`. A file of an earlier version, which has no hash, is read without.
+    `UserError` if it is missing, cut short, foreign or changed since it was written, or if it holds
+    `unfit_tensors`. A file of an earlier version has no hash and is read without this check.
     """
     path = Path(path)
     state, config = _read_file(path)
@@ -412,7 +412,7 @@ def load_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], JsonDict]:
 
 # %% ../nbs/20_core.ipynb #cell-72
 def misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
-    "In which names, shapes and kinds of dtype tensors differ from those that are wanted, in words."
+    "In which names, shapes and kinds of dtype tensors differ from the wanted ones, in words."
     wrong = [f"{key} is missing" for key in wanted if key not in given]
     wrong += [f"{key} is not in the model" for key in given if key not in wanted]
     for key in [key for key in wanted if key in given]:
@@ -426,9 +426,9 @@ def misfits(given: dict[str, Tensor], wanted: dict[str, Tensor]) -> list[str]:
 
 
 def check_weights(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of `state` whose names begin with `prefix`, without it, if they fit `module`.
+    """The tensors of `state` whose names begin with `prefix`, with the prefix removed, if they fit `module`.
 
-    Raises `UserError` with the first three that are missing, unknown or of another shape.
+    Raises `UserError` with the first three tensors that are missing, unknown or of another shape.
     """
     given = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     wrong = misfits(given, module.state_dict())
@@ -441,16 +441,16 @@ def check_weights(module: nn.Module, state: dict[str, Tensor], prefix: str = "")
 
 
 def load_weights(module: nn.Module, state: dict[str, Tensor], prefix: str = "") -> None:
-    "Copies the tensors of `state` whose names begin with `prefix` into `module`, as `check_weights` allows."
+    "Copies the tensors of `state` whose names begin with `prefix` into `module`, after `check_weights`."
     module.load_state_dict(check_weights(module, state, prefix))
 
 # %% ../nbs/20_core.ipynb #cell-75
 def check_shape(name: str, x: Tensor | np.ndarray, pattern: str, **sizes: int) -> dict[str, int]:
     """Checks the shape of `x` and returns the sizes found, by name.
 
-    name: what `x` is called in the error.
-    pattern: its axes, like `"b t c h w"`; a number stands for itself, a repeated name must have one size.
-    sizes: the sizes that names must have.
+    name: how the error calls `x`.
+    pattern: its axes, like `"b t c h w"`; a number is that size, a repeated name must have one size.
+    sizes: sizes that are already known, by name.
 
     Raises `UserError` if `x` has another shape.
     """
@@ -492,7 +492,7 @@ def to_uint8(frames: Tensor | np.ndarray) -> np.ndarray:
 class Batch:
     """Windows of experience, as models and losses receive them.
 
-    They are led-to aligned: `actions[:, t]` led to frame `t`; rewards and continues arrived with it.
+    Led-to alignment: `actions[:, t]` led to frame `t`; rewards and continues arrived with it.
     """
     frames: Tensor | None         # (b, t, c, h, w) float in [0, 1]
     latents: Tensor | None        # (b, t, n, d) float

@@ -252,12 +252,12 @@ class Collect:
     """
     out: str                             # what to write, .npz or .zarr, which may be an address: s3://...
     task: str = "ball_in_cup-catch"      # a name of dreamer4_nb.data.envs.TASKS
-    episodes: int = 100                  # of all parts together
+    episodes: int = 100                  # in all parts together
     decisions: int = 80                  # length of an episode
     quality: Literal["mixed", "expert", "medium", "poor", "random"] = "mixed"
     candidates: int = 24                 # plans tried at each decision: the planner's own quality
     image: int = 64                      # pixels of a frame's side
-    seed: int = 0                        # episode i begins with the task's own reset of seed + i
+    seed: int = 0                        # episode i begins with the task's own reset with seed + i
     shard: str = "0/1"                   # i/n: make part i of n only, into out-i-of-n
     workers: int = 2                     # processes that draw
 
