@@ -63,7 +63,7 @@ class PlannerPolicy:
 # %% ../../nbs/43_closed_loop.ipynb #cell-45
 @dataclass
 class _Played:
-    "What a batch of `n` episodes came to; of the first `k` what they showed and did, step by step."
+    "Rewards of a batch of `n` episodes, and the frames and actions of the first `k`, step by step."
     rewards: np.ndarray        # (n, decisions)
     frames: list[np.ndarray]   # each (k, h, w, c)
     actions: list[np.ndarray]  # each (k, a)
@@ -88,7 +88,7 @@ def _play(
     name: str,
     bar: tqdm,
 ) -> _Played:
-    "One episode of every environment, those numbered `rows`; the first `keep` keep frames and actions."
+    "Plays one episode in every environment of `rows`; the first `keep` keep their frames and actions."
     n = len(rows)
     act = getattr(policy, "act", policy)
     sees_states = getattr(policy, "sees", "frames") == "states"
@@ -118,7 +118,7 @@ def _play(
 def _joined(batches: list[list[np.ndarray]]) -> np.ndarray:
     """The steps of all batches as one array (k, steps, ...).
 
-    batches: the steps of each, (k, ...). One whose episodes are over stays as it is at the end.
+    batches: the steps of each batch, (k, ...). A batch whose episodes ended early repeats its last step.
     """
     batches = [steps for steps in batches if len(steps[0])]
     longest = max(len(steps) for steps in batches)
@@ -140,19 +140,19 @@ def evaluate_policy(
     image: int = 64,
     progress: bool = False,
 ) -> Records:
-    """Runs one episode per seed in the real environment and records what each came to.
+    """Runs one episode per seed in the real environment and records the rewards of each.
 
     policy: has `reset(n)` and `act(frames (n, h, w, c) uint8) -> (n, a)`, or is such a function of frames.
     One whose `sees` is "states" gets simulator states; with "nothing" no frame is drawn.
     decisions: length of an episode.
-    keep: the first so many episodes keep frames and actions.
+    keep: number of episodes, the first ones, that keep frames and actions.
     name: of the policy in the records.
     image: height and width of the frames.
 
     All seeds run as one batch, unless the policy has `rows()`, which says how many it can hold at a time; it
     then gets `reset(n, first)`, so that the episode of a seed does not depend on the batch.
-    Raises `UserError` when an action is not finite or has the wrong shape, and for seeds and numbers that
-    cannot be.
+    Raises `UserError` for an action that is not finite or has the wrong shape, and for seeds and numbers out
+    of range.
     """
     seeds = check_seeds(seeds)
     COUNT.check("decisions", decisions)
@@ -183,7 +183,7 @@ def evaluate_policy(
 
 # %% ../../nbs/43_closed_loop.ipynb #201fa7f6
 def check_fresh(task: str, seeds: Iterable[int], store: EpisodeStore) -> None:
-    "Raises `UserError` where some of the evaluation's seeds begin episodes of the task in a store."
+    "Raises `UserError` if some seeds of the evaluation begin episodes of the task in a store."
     seeds = np.asarray(seeds)
     known = seeds_of(store, task)
     shared = np.intersect1d(known, seeds)
@@ -198,10 +198,10 @@ def closed_loop_rows(
     baseline: str = "random",
     measure: str = "success",
 ) -> list[dict]:
-    """One row a policy: its summary, and how it compares with a baseline on the same seeds.
+    """One row per policy: its summary, and its comparison with a baseline on the same seeds.
 
     baseline: name of the policy that the others are compared with.
-    measure: of the comparison: success, final_success or returns.
+    measure: what is compared: success, final_success or returns.
     """
     base = next((record for record in records if record.policy == baseline), None)
     rows = []
