@@ -79,7 +79,7 @@ def imagine(world: WorldModel, heads: AgentHeads, policy: PolicyHead, batch: Bat
 
     Returns h (b, H + 1, n_agent, width), actions (b, H, a), rewards (b, H), continues (b, H), latents (b, H,
     n, d): actions[t] was chosen at h[t], rewards[t] and continues[t] were read at h[t + 1].
-    A dream counts actions by their choice; a store's rows (led-to) hold the same action beside frame t + 1."""
+    Dreams index an action by its choice; a store's rows (led-to) hold it beside the next frame."""
     n = config.context
     context = cast(Tensor, batch.latents)[:, :n].float()
     live = heads.live(batch.task)
