@@ -106,7 +106,7 @@ def test_records_survive_the_disk(tmp_path):
     assert again.summary() == r.summary() and (again.seed == r.seed).all() and (again.first_success == r.first_success).all()
     (tmp_path / "cut.json").write_text((tmp_path / "r.json").read_text(encoding="utf-8")[:-40])
     for name in ("cut.json", "none.json"):
-        with pytest.raises(UserError, match="no whole records"):
+        with pytest.raises(UserError, match="cannot be read|holds a"):
             Records.load(tmp_path / name)
 
 
@@ -220,7 +220,7 @@ def test_a_broken_policy_is_named(corridor, bad):
 
 
 def test_no_episodes():
-    with pytest.raises(UserError, match="0 seeds"):
+    with pytest.raises(UserError, match="no seeds"):
         evaluate_policy(lambda frames: frames, "ball_in_cup-catch", [])
     with pytest.raises(UserError, match="no episodes"):
         interval([])
@@ -231,7 +231,7 @@ def test_table_and_report(tmp_path):
     rows = closed_loop_rows([a, b])
     assert "p" not in rows[0] and rows[1]["against"] == "random" and rows[1]["wins"] == 8
     assert "8 : 1" in text_table(closed_loop_table(rows))
-    with pytest.raises(UserError, match="no results"):
+    with pytest.raises(UserError, match="no file .*results.json"):
         report(tmp_path)
     (tmp_path / "figures").mkdir()
     (tmp_path / "figures" / "tokenizer-frames.png").write_bytes(b"png")

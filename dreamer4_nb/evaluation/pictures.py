@@ -56,7 +56,7 @@ def save_video(path: str | Path, frames: Tensor | np.ndarray, fps: int = 25, sca
     """Writes frames as .webp, .gif or .mp4, atomically.
 
     frames: (t, h, w, c) uint8 or (t, c, h, w) float in [0, 1].
-    scale: how wide and high a pixel becomes.
+    scale: width and height of a frame's pixel in the video.
     """
     kind = Path(path).suffix
     if kind not in (".webp", ".gif", ".mp4"):
@@ -74,7 +74,7 @@ def save_video(path: str | Path, frames: Tensor | np.ndarray, fps: int = 25, sca
 def video_html(frames: Tensor | np.ndarray, fps: int = 25, scale: int = 4) -> str:
     """Frames as one `<img>` tag that needs no other file.
 
-    The browser enlarges it, so a second of 64 x 64 takes a few kB.
+    The browser enlarges the frames, so a second of 64 x 64 takes a few kB.
     """
     x = to_uint8(frames)
     width = x.shape[2] * scale
@@ -88,7 +88,7 @@ def _side_by_side(images: Tensor, gap: int) -> Tensor:
     """Rows of images on one white canvas, (height, width, 3).
 
     images: (r, n, c, h, w) in [0, 1].
-    gap: pixels between two of them.
+    gap: pixels between two images.
     """
     r, n, _, h, w = images.shape
     canvas = torch.ones(r * (h + gap) - gap, n * (w + gap) - gap, 3)
@@ -105,7 +105,8 @@ def image_grid(frames: Tensor, titles: list[str] | None = None, rows: list[str] 
     """Images side by side, as one figure.
 
     frames: (n, c, h, w), or rows of them (r, n, c, h, w), in [0, 1].
-    titles: of the columns. rows: names of the rows.
+    titles: names of the columns.
+    rows: names of the rows.
     size: width of an image in inches.
     """
     x = torch.as_tensor(frames).detach().float().cpu().clamp(0, 1)
@@ -149,8 +150,8 @@ _BOOKKEEPING = {"step", "lr", "frames_per_s", "gradient", "bootstrap_share", "cl
 def curves_figure(histories: dict[str, dict[str, list]]) -> plt.Figure:
     """One panel per phase: each logged loss and metric over the steps, its last value in the legend.
 
-    histories: for each phase a list `step` and a list for each metric. What only keeps the books (learning
-    rate, speed, gradient norm, shares) is left out.
+    histories: for each phase a list `step` and a list for each metric. Learning rate, speed, gradient norm
+    and shares are left out.
     """
     use_style()
     fig, axes = plt.subplots(1, len(histories), figsize=(3 * len(histories), 3.4), squeeze=False)
@@ -173,7 +174,7 @@ def steps_figure(per_step: dict[str, dict[str, list]],
     """One panel per metric over the frames of a dream, beside its floors and its ceiling.
 
     per_step: of `rollout_report`.
-    metrics: those that are shown, where there are any.
+    metrics: the metrics to show; those that `per_step` lacks are left out.
     """
     use_style()
     shown = [metric for metric in metrics if metric in per_step["dream"]]
@@ -184,5 +185,5 @@ def steps_figure(per_step: dict[str, dict[str, list]],
             width = 2.4 if name == "dream" else 1
             ax.plot(np.arange(1, len(values) + 1), values, label=name.replace("_", " "), lw=width)
         ax.set(title=METRICS[metric], xlabel="frames after the prefix")
-    axes[0, 0].legend(fontsize=7)
+    axes[0, -1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return fig

@@ -28,13 +28,13 @@ from .memory import Machine, inference, predict
 # %% ../../nbs/48_presets.ipynb #cell-6
 @dataclass(frozen=True)
 class TokenizerPhase:
-    "Phase 1a: frames become latents (notebook 07)."
+    "Phase 1a: frames become latents (see `method.tokenizer`)."
     model: TokenizerConfig = TokenizerConfig()
     train: TrainConfig = TrainConfig()
     batch: Count = 4               # clips in a batch
     length: Count = 8              # frames in a clip
     focus: Share = 0.7             # share of clips drawn from where the task is not yet solved
-    perceptual: NotNegative = 0.2  # weight of LPIPS, or of its substitute without a trunk (notebook 07)
+    perceptual: NotNegative = 0.2  # weight of LPIPS, or of its substitute without a trunk
     slow_steps: Natural = 2000     # steps after those of `train`, in which latents become slow
 
     def __post_init__(self) -> None:
@@ -43,7 +43,7 @@ class TokenizerPhase:
 # %% ../../nbs/48_presets.ipynb #cell-7
 @dataclass(frozen=True)
 class DynamicsPhase:
-    """Phase 1b: latents become a world (notebook 08).
+    """Phase 1b: dynamics are learned from latents (see `method.dynamics`).
 
     Sizes of latents and actions come from the tokenizer and the tasks."""
     model: DynamicsConfig = DynamicsConfig()
@@ -58,7 +58,7 @@ class DynamicsPhase:
 # %% ../../nbs/48_presets.ipynb #cell-8
 @dataclass(frozen=True)
 class AgentPhase:
-    """Phase 2: behavior cloning, reward and continue heads (notebook 10).
+    """Phase 2: behavior cloning, reward and continue heads (see `method.agent`).
 
     Width, tasks and action size come from the dynamics."""
     model: AgentConfig = AgentConfig()
@@ -76,7 +76,7 @@ class AgentPhase:
 # %% ../../nbs/48_presets.ipynb #cell-9
 @dataclass(frozen=True)
 class ImaginationPhase:
-    "Phase 3: reinforcement learning inside the dream (notebook 11)."
+    "Phase 3: reinforcement learning inside the dream (see `method.imagination`)."
     model: ImaginationConfig = ImaginationConfig()
     train: TrainConfig = TrainConfig()
     batch: Count = 64   # dreams in a batch
@@ -91,7 +91,7 @@ Readout = Literal["sample", "mean", "mode"]  # how the policy's action is read
 
 @dataclass(frozen=True)
 class EvaluationPhase:
-    "Closed loop in the real environment, and the quality of dreams on held-out episodes (notebook 43)."
+    "Closed loop in the real environment, and the quality of dreams on held-out episodes."
     episodes: Count = 100                               # episodes of every policy, on the same seeds
     decisions: Count = 125                              # length of an episode
     readouts: tuple[Readout, ...] = ("sample", "mean")  # how the policy's action is read: sample, mean, mode
@@ -142,9 +142,9 @@ Config = TypeVar("Config")
 
 
 def override(model: Config, **values: Any) -> Config:
-    """The config with fields that another part dictates.
+    """The config with the fields that another part dictates.
 
-    Raises `UserError` where one was set to something else by hand."""
+    Raises `UserError` where one of them was set by hand to another value."""
     defaults = type(model)()
     for name, value in values.items():
         chosen = getattr(model, name)
@@ -164,13 +164,13 @@ def _shift_seed(phase: Phase, seed: int, **changes: Any) -> Phase:
 
 
 def resolve(preset: Preset) -> Preset:
-    """The preset with what one part dictates to another filled in.
+    """The preset with all fields filled in that one part dictates to another.
 
     These are sizes of latents and actions, widths, tasks, and the training seeds. Raises `UserError` where
-    one was set to something else by hand."""
+    one of them was set by hand to another value."""
     widths = tuple(task_info(task).action_dim for task in preset.tasks)
     action_dim = max(widths)
-    action_dims = widths if len(set(widths)) > 1 else ()        # where they differ: what a task lacks is dead
+    action_dims = widths if len(set(widths)) > 1 else ()        # only where tasks differ in them
 
     tokenizer = override(preset.tokenizer.model, n_backgrounds=len(preset.tasks))
     dynamics = override(preset.dynamics.model, n_latents=tokenizer.n_latents, d_latent=tokenizer.d_latent,
@@ -189,7 +189,7 @@ def tokenizer_phase(shape: str, train: TrainConfig, slow_steps: int,
                     perceptual: float = 0.2) -> TokenizerPhase:
     """Phase 1a with the model and the batches of a shape.
 
-    shape: name of one in notebook 45"""
+    shape: a name in `costs.SHAPES`"""
     batch, length = SHAPES[shape].tokenizer_clips
     return TokenizerPhase(SHAPES[shape].tokenizer, train, batch, length,
                           perceptual=perceptual, slow_steps=slow_steps)
@@ -198,7 +198,7 @@ def tokenizer_phase(shape: str, train: TrainConfig, slow_steps: int,
 def dynamics_phase(shape: str, train: TrainConfig) -> DynamicsPhase:
     """Phase 1b with the model and the batches of a shape.
 
-    shape: name of one in notebook 45"""
+    shape: a name in `costs.SHAPES`"""
     sizes = SHAPES[shape]
     return DynamicsPhase(sizes.dynamics, train, sizes.batch, sizes.length)
 
@@ -315,11 +315,11 @@ MINUTES = {     # of tiny, on two cores with bfloat16
 
 # %% ../../nbs/48_presets.ipynb #be298b77
 def phase_shapes(preset: Preset) -> dict[str, Shape]:
-    """What each phase works on, for the predictions of notebook 43.
+    """What each phase works on, for the predictions of `runs.memory`.
 
     Returns {"tokenizer": ..., "slow": ..., "dynamics": ..., "agent": ..., "imagination": ...}. "slow" is the
-    second part of the tokenizer's training, not there with slow_steps=0. The batch of "imagination" is one of
-    dreams, its `context` and `generated` the frames of a dream."""
+    second part of the tokenizer's training; slow_steps=0 leaves it out. The batch of "imagination" counts
+    dreams, and its `context` and `generated` are the frames of a dream."""
     p = resolve(preset)
     clips = p.tokenizer.batch, p.tokenizer.length
     dream = p.imagination.model
@@ -341,7 +341,7 @@ def phase_shapes(preset: Preset) -> dict[str, Shape]:
     return shapes
 
 # %% ../../nbs/48_presets.ipynb #d409040d
-# The machine of notebook 43 that a preset is meant for, how many of them, and the GB of each.
+# The name in `memory.MACHINES` that a preset is meant for, how many of them, and the GB of each.
 MEANT_FOR = {
     "micro": ("2 CPU cores", 1, 8),
     "tiny": ("2 CPU cores", 1, 8),
@@ -354,7 +354,7 @@ MEANT_FOR = {
 
 def predict_phases(preset: Preset, machine: str | Machine, devices: int = 1, frames: int = 501,
                    dtype: str = "bfloat16") -> dict[str, dict[str, float]]:
-    """What `predict` and `inference` (notebook 43) say of every phase, of encoding and of the closed loop.
+    """Memory and time of every phase, of encoding and of the closed loop, by `predict` and `inference`.
 
     devices: of the machine's kind, which train together
     frames: of the longest episode, which is encoded
