@@ -78,7 +78,8 @@ def imagine(world: WorldModel, heads: AgentHeads, policy: PolicyHead, batch: Bat
     """One dream a row, seeded with the batch's first `context` frames (latents).
 
     Returns h (b, H + 1, n_agent, width), actions (b, H, a), rewards (b, H), continues (b, H), latents (b, H,
-    n, d): actions[t] was chosen at h[t], rewards[t] and continues[t] were read at h[t + 1]."""
+    n, d): actions[t] was chosen at h[t], rewards[t] and continues[t] were read at h[t + 1].
+    Dreams index an action by its choice; a store's rows (led-to) hold it beside the next frame."""
     n = config.context
     context = cast(Tensor, batch.latents)[:, :n].float()
     live = heads.live(batch.task)
