@@ -137,7 +137,7 @@ COMMANDS = [
     ["demo", "--tasks", "cartpole"], ["demo", "--tasks"], ["demo", "--tasks", BALL, BALL],
     ["demo", "--agent.labels", "wished"], ["demo", "--agent.model.policy", "bernoulli"],
     ["demo", "--agent.model.policy", "beta"], ["demo", "--evaluation.readouts"], ["demo", "--evaluation.readouts", "guess"],
-    ["demo", "--evaluation.decisions", "6"], ["demo", "--evaluation.dreams", "0"], ["demo", "--held-out", "0"],
+    ["demo", "--evaluation.dreams", "0"], ["demo", "--held-out", "0"],
     ["demo", "--held-out", "1"], ["demo", "--held-out", "-0.1"], ["demo", "--episodes", "1"],
     ["demo", "--tokenizer.model.patch", "7"], ["demo", "--tokenizer.model.transformer.heads", "3"],
     ["demo", "--dynamics.model.schedule.k-max", "6"], ["demo", "--dynamics.model.schedule.steps", "3"],
@@ -148,7 +148,7 @@ COMMANDS = [
     ["study", "--run", "empty"], ["study", "--setting", "imagination.model.horizon"], ["study", "--values", "1"],
     ["ship", "--run", "empty"], ["bench", "--seconds", "nan"], ["bench", "--seconds", "-1"], ["bench", "--threads", "-1"],
     ["bench", "--device", "tpu"], ["collect"], ["collect", "--out", "x.txt"], ["collect", "--out", "s3://bucket/x.npz"],
-    ["collect", "--out", "x.zarr", "--task", "fly"], ["collect", "--out", "x.zarr", "--workers", "0"],
+    ["collect", "--out", "x.zarr", "--task", "fly"], ["collect", "--out", "x.zarr", "--workers", "-1"],
     ["collect", "--out", "x.zarr", "--episodes", "0"], ["collect", "--out", "x.zarr", "--decisions", "0"],
     ["collect", "--out", "x.zarr", "--image", "-1"], ["collect", "--out", "x.zarr", "--seed", "-1"],
     ["collect", "--out", "x.zarr", "--candidates", "0"], ["collect", "--out", "x.zarr", "--shard", "4/4"],
@@ -566,7 +566,7 @@ def all_cases(parts: Parts, seed: int) -> list[Case]:
     rng = random.Random(seed)
     cases = [Case("settings", name, REFUSED, in_process(words)) for name, words in settings_cases(rng)]
     cases += [Case("commands", " ".join(words)[:70], REFUSED, in_process(words)) for words in COMMANDS]
-    cases += [Case("commands as processes", " ".join(words)[:70], REFUSED, as_process(words)) for words in rng.sample(COMMANDS, 50)]
+    cases += [Case("commands as processes", " ".join(words)[:70], REFUSED, as_process(words)) for words in rng.sample([words for words in COMMANDS if "a\0b" not in words], 50)]
     for variables in ENVIRONMENTS:
         name = " ".join(f"{key}={value}" for key, value in variables.items())
         cases.append(Case("environment, doctor", name, ANSWERS, as_process(["doctor"], "drawing", **variables)))
@@ -631,7 +631,7 @@ def judge(case: Case, folder: Path) -> None:
         found = REFUSED if status == 2 else ANSWERS if status in (0, None) else f"status {status}"
         if case.kind == "environment, doctor" and status == 2:
             found = ANSWERS     # it said what needs attention
-        if found == REFUSED and not any(line.startswith(("dreamer4: ", "╭")) for line in lines):
+        if found == REFUSED and not any(line.startswith(("dreamer4: ", "╭", "│", "╰")) for line in lines):
             found = "refused without a line"
     except UserError as error:
         found, lines = REFUSED, [str(error)]

@@ -498,3 +498,9 @@ def test_a_lone_rank_does_not_wait_for_others(monkeypatch, tmp_path):
     assert run.path("latents").exists()
     with pytest.raises(UserError, match="rank 0"):
         chain.wait_for_file(tmp_path / "none", hours=0)
+
+
+def test_an_empty_argument_is_refused_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo", "--preset", "micro", "--run", ""]) == 2
+    assert "an argument is empty" in capsys.readouterr().err and not list(tmp_path.iterdir())

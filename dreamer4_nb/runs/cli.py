@@ -354,7 +354,10 @@ def asked_preset(arguments: list[str]) -> str:
 def parse(arguments: list[str]) -> Any:
     """The command in the arguments, as one of the dataclasses above.
 
-    `--preset` decides the defaults of all other settings."""
+    `--preset` decides the defaults of all other settings. `UserError` for an empty argument, which is what a
+    shell makes of a variable that is not set."""
+    if "" in arguments:
+        raise UserError("an argument is empty; write its value, or leave the option out")
     name = asked_preset(arguments)
     start = {"preset": name, "settings": PRESETS[name]} if name in PRESETS else {}
     Command = Union[
