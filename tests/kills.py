@@ -87,7 +87,8 @@ def hit(process: subprocess.Popen, number: int, after: float, tally: Tally) -> s
             os.killpg(process.pid, KILL)
             process.wait()
     text = said(process)
-    if number != KILL and "Traceback" in text:
+    of_torchrun = text.count("SignalException: Process")     # it ends so itself, and says it once
+    if number != KILL and text.count("Traceback") > of_torchrun:
         tally.wrong.append("a traceback: " + text[-300:])
     return text
 
@@ -230,7 +231,7 @@ def sharded_stops(folder: Path, rng: random.Random, tally: Tally) -> None:
             text = hit(start(command(name)), rng.choice([TERM, INT, KILL]), rng.uniform(9, 16), tally)
             if "saved in None" in text:
                 tally.wrong.append(f"sharded run {number}: saved in None")
-            for stopped, where in re.findall(r"stopped at step (\d+) of \d+; saved in (\S+?)\.", text):
+            for stopped, where in re.findall(r"stopped at step (\d+) of \d+; saved in (\S+)\. To go on", text):
                 about = Path(where) / "about.json"
                 if not about.exists() or json.loads(about.read_text(encoding="utf-8"))["step"] != int(stopped):
                     tally.wrong.append(f"sharded run {number}: stopped at step {stopped}, but {about} is not of it")

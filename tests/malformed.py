@@ -463,12 +463,15 @@ def bad_rollouts(parts: Parts) -> Iterator[tuple[str, Callable[[], Any]]]:
     "Dreams asked for with too little."
     from dreamer4_nb.method.checkpoints import load_world
     world = load_world(parts.run / "tokenizer.safetensors", parts.run / "dynamics.safetensors")
-    frames, actions = torch.zeros(1, 4, 3, 64, 64), torch.zeros(1, 8, 2)
-    for name, changes in (("few actions", {"actions": actions[:, :2]}), ("no frames", {"frames": frames[:, :0]}), ("wide actions", {"actions": torch.zeros(1, 8, 5)}),
-                          ("nan actions", {"actions": actions * float("nan")}), ("batch", {"actions": actions.repeat(3, 1, 1)}),
-                          ("image", {"frames": torch.zeros(1, 4, 3, 32, 32)})):
-        values = {"frames": frames, "actions": actions} | changes
-        yield name, lambda values=values: rollout(world, values["frames"], values["actions"], torch.Generator().manual_seed(0))
+    config = world.dynamics.config
+    latents, actions = torch.zeros(1, 4, config.n_latents, config.d_latent), torch.zeros(1, 8, config.action_dim)
+    for name, changes in (("few actions", {"actions": actions[:, :2]}), ("no frames", {"latents": latents[:, :0]}),
+                          ("wide actions", {"actions": torch.zeros(1, 8, 5)}), ("nan actions", {"actions": actions * float("nan")}),
+                          ("another batch", {"actions": actions.repeat(3, 1, 1)}), ("no prefix", {"prefix": 0}),
+                          ("a negative prefix", {"prefix": -2}), ("a prefix beyond", {"prefix": 5}), ("flat latents", {"latents": latents[0]}),
+                          ("nan latents", {"latents": latents * float("nan")})):
+        values = {"latents": latents, "actions": actions, "prefix": 4, "generator": torch.Generator().manual_seed(0)} | changes
+        yield name, lambda values=values: rollout(world, **values)
 
 
 def bad_configs(rng: random.Random) -> Iterator[tuple[str, dict[str, Any]]]:
