@@ -59,7 +59,7 @@ def test_help_shows_the_preset_s_own_defaults(capsys):
             parse(["demo", "--preset", preset, "--help"])
         assert stop.value.code == 0
         shown = " ".join(capsys.readouterr().out.split())
-        assert f"optimiser steps (default: {PRESETS[preset].tokenizer.train.steps})" in shown
+        assert f"optimizer steps (default: {PRESETS[preset].tokenizer.train.steps})" in shown
 
 
 def test_any_field_can_be_overridden():
