@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['JsonDict', 'FORMER_WEIGHTS', 'UserError', 'process_rank', 'print0', 'sigterm_interrupts', 'pick_device', 'pick_dtype',
            'inference_dtype', 'float32_default', 'autocast', 'cast_linear', 'seed_everything', 'step_generator',
-           'RowGenerators', 'draw_rows', 'memory_budget', 'row_chunks', 'cache_dir', 'asset', 'clear_leftovers',
-           'atomic_path', 'write_json', 'is_finite', 'unfit_tensors', 'state_hash', 'save_checkpoint',
-           'current_weights', 'load_checkpoint', 'misfits', 'check_weights', 'load_weights', 'check_shape', 'to_float',
-           'to_uint8', 'Batch']
+           'RowGenerators', 'draw_rows', 'memory_budget', 'row_chunks', 'cache_dir', 'asset', 'is_alive',
+           'clear_leftovers', 'atomic_path', 'write_json', 'is_finite', 'unfit_tensors', 'state_hash',
+           'save_checkpoint', 'current_weights', 'load_checkpoint', 'misfits', 'check_weights', 'load_weights',
+           'check_shape', 'to_float', 'to_uint8', 'Batch']
 
 # %% ../nbs/20_core.ipynb #9e272d69
 import contextlib
@@ -243,7 +243,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 # %% ../nbs/20_core.ipynb #cell-45
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     "Whether a process of this machine still runs."
     try:
         os.kill(process, 0)
@@ -264,7 +264,7 @@ def clear_leftovers(folder: str | Path) -> None:
     host = re.escape(socket.gethostname())
     for path in Path(folder).glob(".*.part*"):
         found = re.fullmatch(rf"\..*\.{host}-([0-9]+)\.part(\..*)?", path.name)
-        if found and not _is_alive(int(found[1])):
+        if found and not is_alive(int(found[1])):
             _remove(path)
 
 # %% ../nbs/20_core.ipynb #cell-46

@@ -84,7 +84,6 @@ LEFT_OUT = {
     "closed_loop": {"closed_loop_table", "text_table", "PlannerPolicy"},
     "dream_env": {"render"},
     "report": {"_table", "_picture", "_matrix", "findings", "report", "reconstructions"},
-    "chain": {"cores"},
     "judge": {"machine", "figures", "save_figure", "save_dreams", "training_curves", "write_report"},
     "folder": {"differences"},
 }

@@ -135,6 +135,14 @@ def test_what_killed_processes_left_is_cleared(data, tmp_path):
         assert {path.name for path in run.folder.iterdir()} == {".lock", "config.json"}
 
 
+def test_an_encoding_that_was_interrupted_is_kept_and_continued(data, tmp_path):
+    run = Run(tmp_path / "run", small(data))
+    unfinished = run.folder / ".latents.zarr.unfinished"
+    (unfinished / "c").mkdir(parents=True)
+    with chain.alone_in(run):
+        assert (unfinished / "c").is_dir()
+
+
 def former(settings, names={new: old for old, new in FORMER_NAMES.items()}):
     "Settings, at any depth, under the names of an earlier version, and without what has been added since."
     if not isinstance(settings, dict):
@@ -496,8 +504,8 @@ def test_a_lone_rank_does_not_wait_for_others(monkeypatch, tmp_path):
     run.parts |= {"data": None, "tokenizer": None}
     chain.encode_episodes(run)
     assert run.path("latents").exists()
-    with pytest.raises(UserError, match="rank 0"):
-        chain.wait_for_file(tmp_path / "none", hours=0)
+    with pytest.raises(UserError, match="waited 0 s for .*first rank"):
+        chain.wait_until((tmp_path / "none").exists, "the latents of the first rank", 0)
 
 
 def test_an_empty_argument_is_refused_and_writes_nothing(tmp_path, monkeypatch, capsys):

@@ -36,7 +36,7 @@ import numpy as np
 import zarr
 from filelock import FileLock, Timeout
 
-from ..core import UserError, _is_alive
+from ..core import UserError, is_alive
 from ..inputs import local_path
 
 # %% ../../nbs/28_arrays.ipynb #98e87db5
@@ -166,7 +166,7 @@ def _remove_leftovers(path: Path) -> None:
         host, process, replaced = builder.groups()
         with suppress(FileNotFoundError):  # another process may be removing it as well
             here = f".{host}".endswith(own_host) and not replaced
-            dead = here and not _is_alive(int(process))
+            dead = here and not is_alive(int(process))
             if dead or left.stat().st_mtime < yesterday:
                 shutil.rmtree(left, ignore_errors=True)
 

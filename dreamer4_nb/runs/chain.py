@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['Split', 'DOES', 'pick_threads', 'open_episodes', 'phase_arguments', 'to_device', 'read_config', 'expected_models',
-           'check_weights', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in',
+           'check_header', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in',
            'train_parts', 'missing', 'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run',
-           'make_part', 'phase_inputs', 'wait_for_file', 'encode_episodes', 'TaskView', 'by_task']
+           'make_part', 'phase_inputs', 'encode_episodes', 'TaskView', 'by_task']
 
 # %% ../../nbs/50_chain.ipynb #cell-3
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
@@ -36,6 +35,7 @@ from .folder import (PARTS, PhaseNotes, differences, has_part, other_settings,
 from .presets import MINUTES, TINY, Preset, resolve
 from ..training.phases import (check_cloning, check_trainable, encode_store, train_agent,
                                          train_dynamics, train_imagination, train_tokenizer)
+from ..training.ranks import wait_until
 
 # %% ../../nbs/50_chain.ipynb #cell-13
 def pick_threads(asked: int) -> int:
@@ -101,7 +101,7 @@ def expected_models(preset: Preset, name: str) -> dict[str, Any]:
     return parts[name]
 
 
-def check_weights(path: Path, expected: dict[str, Any]) -> None:
+def check_header(path: Path, expected: dict[str, Any]) -> None:
     """`UserError` if the models in a file of weights are not those expected, by their own configs.
 
     The bins of rewards and values may differ: training widens them to suit the data."""
@@ -136,7 +136,7 @@ def check_part(notes: PhaseNotes, preset: Preset, name: str) -> None:
             raise other_settings(folder, name, found)
     weights = folder / f"{name}.safetensors"
     if weights.exists():
-        check_weights(weights, expected_models(preset, name))
+        check_header(weights, expected_models(preset, name))
 
 
 def check_parts(notes: PhaseNotes, preset: Preset) -> None:
@@ -360,21 +360,11 @@ def phase_inputs(run: Run, name: str) -> tuple:
     return latents, run.world, run.agent[1]
 
 
-def wait_for_file(path: Path, hours: float) -> None:
-    "Waits until another process has made a file. `UserError` if it takes longer than `hours`."
-    end = time.monotonic() + hours * 3600
-    while not path.exists():
-        if time.monotonic() > end:
-            raise UserError(f"rank 0 has not made {path} in {hours:g} hours; see what it says, "
-                            "then run the same command again")
-        time.sleep(1)
-
-
 def encode_episodes(run: Run) -> None:
     "Makes the latents of all episodes. The first rank does it; the others wait, for a day at most."
     path = run.path("latents")
     if process_rank() != 0:
-        wait_for_file(path, hours=24)
+        wait_until(path.exists, f"the first rank's {path}", 24 * 3600)
         return
     store = run.store
     tokenizer = run.tokenizer

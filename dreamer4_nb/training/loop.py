@@ -40,7 +40,7 @@ from dreamer4_nb.core import (
     save_checkpoint,
     step_generator,
 )
-from ..inputs import Range, read_json_lines, to_dict
+from ..inputs import FREE_SETTINGS, Range, read_json_lines, to_dict
 from dreamer4_nb.training.optimizers import (
     LossScale,
     TrainConfig,
@@ -159,7 +159,7 @@ def describe_run(config: TrainConfig, model_config: dict, world: int = 1) -> dic
 
     Returns {"training": settings, "model": settings} as JSON holds them."""
     training = to_dict(config)
-    for free in ("device", "compile", "recompute", "shard", "accumulate", "log_every", "save_every"):
+    for free in (*FREE_SETTINGS, "accumulate"):
         training.pop(free)
     training["batches a step"] = config.accumulate * world
     model = json.loads(json.dumps(model_config))

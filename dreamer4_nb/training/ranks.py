@@ -6,7 +6,7 @@
 __all__ = ['JOIN_SECONDS', 'Tensors', 'Parameters', 'CLOSE_SECONDS', 'REMEDY', 'asked_ranks', 'join_ranks', 'leave_ranks',
            'wait_until', 'all_mean', 'LossModule', 'local', 'gathered', 'rank_mesh', 'transformers_in', 'shard_module',
            'gradient_sync', 'zero_moments', 'pack_state', 'check_state', 'unpack_state', 'check_same_run', 'file_hash',
-           'write_shards', 'any_rank', 'wait_written', 'check_parts', 'read_shards', 'Checkpoints']
+           'write_shards', 'any_rank', 'wait_written', 'check_hashes', 'read_shards', 'Checkpoints']
 
 # %% ../../nbs/35_ranks.ipynb #cell-2
 import contextlib
@@ -378,7 +378,7 @@ CLOSE_SECONDS = 600  # that a save may take after an error
 REMEDY = "delete this folder, and the run goes on from what is left, or from its beginning"
 
 
-def check_parts(path: Path, hashes: dict[str, str], group: dist.ProcessGroup | None) -> None:
+def check_hashes(path: Path, hashes: dict[str, str], group: dist.ProcessGroup | None) -> None:
     """`UserError`, on all ranks, if a part of a state is missing or has changed.
 
     path: the folder that holds the parts.
@@ -470,7 +470,7 @@ class Checkpoints:
         path = self.last()
         if path != self.file:
             metadata = read_json(path / "about.json", REMEDY)
-            check_parts(path, metadata.pop("sha256", {}), self.group)
+            check_hashes(path, metadata.pop("sha256", {}), self.group)
             return read_shards(path, like, self.group), metadata
         if self.mesh is not None:
             raise UserError(f"{path} was saved with shard=1 and cannot be spread over ranks; go on with "
