@@ -33,7 +33,7 @@ from dreamer4_nb.training.loop import fit
 from helpers.processes import ENVIRONMENT, HELPERS, torchrun_command
 from helpers.toy_training import loss_fn, make_batch, make_config, make_modules
 
-COMMAND = [sys.executable, "-m", "dreamer4_nb.runs.cli"]
+COMMAND = [sys.executable, "-m", "dreamer4_nb"]
 KILL, TERM, INT = signal.SIGKILL, signal.SIGTERM, signal.SIGINT
 
 

@@ -170,7 +170,7 @@ def as_process(arguments: list[str], shown: str = "", **variables: str) -> Calla
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | variables
         environment = {key: value for key, value in environment.items() if value}
         micro = ["--preset", "micro"] if arguments[:1] == ["demo"] and "--preset" not in arguments else []
-        command = [sys.executable, "-m", "dreamer4_nb.runs.cli", *arguments, *micro]
+        command = [sys.executable, "-m", "dreamer4_nb", *arguments, *micro]
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=LIMIT)
         text = (done.stdout + done.stderr).decode("utf-8", "replace")
         print(text[-600:], file=sys.stderr)

@@ -47,7 +47,7 @@ def finished(tmp_path_factory, data):
 
 
 def test_help():
-    found = subprocess.run([sys.executable, "-m", "dreamer4_nb.runs.cli", "--help"], capture_output=True, text=True)
+    found = subprocess.run([sys.executable, "-m", "dreamer4_nb", "--help"], capture_output=True, text=True)
     assert found.returncode == 0
     for command in ("demo", "collect", "train", "evaluate", "bench", "ship", "doctor"):
         assert command in found.stdout
@@ -163,14 +163,14 @@ def test_checkpoint_of_another_model(finished, data, tmp_path, capsys):
 def test_stop_and_go_on(data, tmp_path):
     arguments = ["train", "tokenizer", "--preset", "micro", "--data", data, "--run", str(tmp_path), "--tokenizer.train.steps", "60"]
     log = tmp_path / "tokenizer.draft.log.jsonl"
-    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.runs.cli", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb", *arguments], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     while process.poll() is None and (not log.exists() or log.read_text(encoding="utf-8").count("\n") < 3):
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=120)
     assert process.returncode == 130, error
-    assert "-m dreamer4_nb.runs.cli train tokenizer" in error.splitlines()[-1] and "Traceback" not in error
+    assert "-m dreamer4_nb train tokenizer" in error.splitlines()[-1] and "Traceback" not in error
     assert not (tmp_path / "tokenizer.safetensors").exists()
     assert main(arguments) == 0
     assert [json.loads(line)["step"] for line in log.read_text(encoding="utf-8").splitlines()] == list(range(1, 61))

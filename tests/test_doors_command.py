@@ -428,7 +428,7 @@ def test_a_stopped_command_says_what_was_typed(stop, code, data, tmp_path, monke
     monkeypatch.setattr(chain, "train_tokenizer", interrupted)
     arguments = ["demo", "--run", "my run", *words(data)]
     for program, typed in ((str(tmp_path / ".venv/bin/dreamer4"), ".venv/bin/dreamer4 demo --run 'my run'"),
-                           (cli.__file__, "-m dreamer4_nb.runs.cli demo --run 'my run'"), ("pytest", "dreamer4 demo --run 'my run'")):
+                           (str(ROOT / "dreamer4_nb/__main__.py"), "-m dreamer4_nb demo --run 'my run'"), ("pytest", "dreamer4 demo --run 'my run'")):
         monkeypatch.setattr(sys, "argv", [program])
         assert main(arguments) == code
         assert f"{typed} " in capsys.readouterr().err.splitlines()[-1]
@@ -442,8 +442,19 @@ def started(*arguments, python=(), **options):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | options.pop("env", {})
     for name in options.pop("unset", ()):
         environment.pop(name, None)
-    return subprocess.run([sys.executable, *python, "-m", "dreamer4_nb.runs.cli", *arguments], capture_output=True, text=True,
+    return subprocess.run([sys.executable, *python, "-m", "dreamer4_nb", *arguments], capture_output=True, text=True,
                           env=environment, timeout=100, **options)
+
+
+def test_ctrl_c_while_pytorch_is_imported():
+    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb", "doctor"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and (out, error) == ("", "")
 
 
 BROKEN = [
@@ -477,7 +488,7 @@ def test_each_check_of_the_doctor_that_fails_is_a_line(monkeypatch, capsys):
 
 
 def test_a_closed_pipe_ends_quietly():
-    command = f"{sys.executable} -m dreamer4_nb.runs.cli doctor | head -1"
+    command = f"{sys.executable} -m dreamer4_nb doctor | head -1"
     found = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=100,
                            env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert found.stdout.count("\n") == 1 and not found.stderr

@@ -76,7 +76,7 @@ def test_collecting_that_is_stopped_goes_on_and_ends_as_if_it_had_not_been(whole
     out = tmp_path / name
     unfinished = tmp_path / f".{name}.unfinished"
     begun = unfinished / "lengths" / "c" / "0" if out.suffix == ".zarr" else unfinished
-    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb.runs.cli", *collect_arguments(out)],
+    process = subprocess.Popen([sys.executable, "-m", "dreamer4_nb", *collect_arguments(out)],
                                env=os.environ | {"PYTHONPATH": ROOT}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
     while process.poll() is None and not begun.exists():
         time.sleep(0.01)

@@ -119,7 +119,7 @@ def test_ranks_that_cannot_be_grouped_are_refused(tmp_path):
 def test_the_documented_line_trains_a_phase_and_one_that_needs_latents(tmp_path):
     from dreamer4_nb.runs.cli import Train
     line = " ".join(Train.__doc__.split()).partition("torchrun ")[2]
-    assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.runs.cli train dynamics --preset base --run ")
+    assert line.startswith("--standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb train dynamics --preset base --run ")
     line = line.replace("per-node 8", "per-node 2").replace("restarts 3", "restarts 0").replace("base", "micro").partition(" --run")[0]
     for phase in ("tokenizer", "dynamics"):
         command = line.replace("train dynamics", f"train {phase}").split() + ["--run", str(tmp_path), f"--{phase}.train.shard", "0", "--episodes", "4"]

@@ -9,7 +9,6 @@ __all__ = ['Name', 'Settings', 'Demo', 'print_results', 'Train', 'opened', 'ship
 
 # %% ../../nbs/58_cli.ipynb #cell-3
 import json
-import os
 import shutil
 import signal
 import sys
@@ -80,7 +79,7 @@ def print_results(path: Path) -> None:
 class Train:
     """Trains one phase of a run folder, which must hold the phases before it.
 
-    On eight GPUs: torchrun --standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb.runs.cli
+    On eight GPUs: torchrun --standalone --nproc-per-node 8 --max-restarts 3 -m -- dreamer4_nb
     train dynamics --preset base --run runs/base
     """
     phase: tyro.conf.Positional[Literal["tokenizer", "dynamics", "agent", "imagination"]]  # which
@@ -400,12 +399,3 @@ def main(arguments: list[str] | None = None) -> int:
             return 128 + signal.SIGPIPE
         return say_unforeseen(error)
     return 0
-
-# %% ../../nbs/58_cli.ipynb #cell-35
-if __name__ == "__main__" and "__file__" in globals():
-    code = main()
-    sys.stdout.flush()
-    if "RANK" in os.environ:
-        # While threads of gloo are left, the interpreter's own exit sometimes aborts.
-        os._exit(code)
-    sys.exit(code)

@@ -32,8 +32,8 @@ def typed_command(arguments: list[str]) -> str:
         return given
     program = sys.argv[0]
     started = ["dreamer4"]
-    if Path(program).name == "cli.py":
-        started = [from_here(sys.executable), "-m", "dreamer4_nb.runs.cli"]
+    if Path(program).name == "__main__.py":
+        started = [from_here(sys.executable), "-m", "dreamer4_nb"]
     elif Path(program).name == "dreamer4" and shutil.which("dreamer4") != os.path.abspath(program):
         started = [from_here(program)]
     return shlex.join([*started, *arguments])
