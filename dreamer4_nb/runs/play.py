@@ -8,7 +8,7 @@ __all__ = ['CONTEXT', 'KEPT', 'UNUSED', 'FUTURES', 'REPLAN', 'FPS', 'SCALE', 'An
            'chosen_action', 'predictions', 'frame_answer', 'new_schedule', 'choice_of', 'save_film', 'save_episode',
            'Player', 'hello', 'step', 'reset', 'wake', 'change', 'save']
 
-# %% ../../nbs/55_play.ipynb #059a833e
+# %% ../../nbs/55_play.ipynb #05df4523
 import reprlib
 import sys
 import time
@@ -40,7 +40,7 @@ from ..method.streams import encode_stream
 from .chain import Run, open_episodes, read_config
 from .presets import LONG, Preset, resolve
 
-# %% ../../nbs/55_play.ipynb #229dabe3
+# %% ../../nbs/55_play.ipynb #18f5c21f
 CONTEXT = 8     # true frames that a dream begins with
 
 
@@ -57,7 +57,7 @@ def demonstrations_of(preset: Preset, task: str) -> dict[str, np.ndarray]:
     columns["lengths"] = columns["lengths"][:preset.episodes].astype(int)
     return columns
 
-# %% ../../nbs/55_play.ipynb #21ad2303
+# %% ../../nbs/55_play.ipynb #fced7808
 @dataclass(frozen=True, eq=False)
 class Game:
     "What the players in one process share: the networks, and the demonstrations of a task."
@@ -84,7 +84,7 @@ class Game:
         planner = ["planner"] if task_info(self.task).score else []
         return ["you", *self.heads, *planner]
 
-# %% ../../nbs/55_play.ipynb #01de7954
+# %% ../../nbs/55_play.ipynb #cde2f4ec
 def _networks(run: Run | None) -> tuple[WorldModel, dict[str, AgentHeads]]:
     "World and policies of a run, as far as they are trained; None: those that ship."
     if run is None:
@@ -118,7 +118,7 @@ def open_game(run: str | Path | None = None, task: str | None = None) -> Game:
     held_out = np.flatnonzero(pick_held_out(one_task, preset.held_out, seed=0))
     return Game(world, heads, task, columns, held_out)
 
-# %% ../../nbs/55_play.ipynb #d92b16f0
+# %% ../../nbs/55_play.ipynb #7d2728db
 KEPT = 1500                                             # decisions that can be saved: a minute
 UNUSED = Range(whole=True, low=2**31, high=2**32 - 1)   # seeds of no demonstration and no evaluation
 
@@ -134,7 +134,7 @@ class Moment:
     continues: float
     dream: np.ndarray | None = None     # (h, w, 3) uint8; None for frames that a dream begins with
 
-# %% ../../nbs/55_play.ipynb #53cdea6c
+# %% ../../nbs/55_play.ipynb #4d68ecf5
 class Truth:
     """The simulator of a task, and the last `KEPT` moments since its reset.
 
@@ -190,7 +190,7 @@ class Truth:
         frame, reward, continues, _ = self.env.step(action)
         self.keep(frame, action, reward, continues)
 
-# %% ../../nbs/55_play.ipynb #a2e21463
+# %% ../../nbs/55_play.ipynb #73155d91
 def true_context(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
     "The last frames (1, t, h, w, 3) uint8, the actions (1, t, a) that led to them, and which are known."
     last = list(truth.moments)[-CONTEXT:]
@@ -214,7 +214,7 @@ def played_episode(truth: Truth) -> Episode:
     seed = -1 if moments[0].known else truth.seed
     return Episode(**columns, task=truth.task, seed=seed)
 
-# %% ../../nbs/55_play.ipynb #f9078488
+# %% ../../nbs/55_play.ipynb #c9f9ab6e
 FUTURES = (1, 2, 4, 8)      # how many may be dreamed at once
 
 
@@ -229,7 +229,7 @@ def disagreement(latents: Tensor, std: Tensor) -> float | None:
         return None
     return min(float((latents / std).var(0).mean().sqrt()), 1.0)
 
-# %% ../../nbs/55_play.ipynb #ba361cd6
+# %% ../../nbs/55_play.ipynb #93297424
 class Pair:
     """A dream and the truth beside it, under the same actions.
 
@@ -291,7 +291,7 @@ class Pair:
         self.t += 1
         self.since += 1
 
-# %% ../../nbs/55_play.ipynb #1dcdf8af
+# %% ../../nbs/55_play.ipynb #4a568b30
 REPLAN = 3      # decisions from plan to plan
 
 
@@ -327,7 +327,7 @@ def predictions(pair: Pair) -> tuple[float | None, float | None]:
     value = float(heads["imagined"].value(h)) if "imagined" in heads else None
     return reward, value
 
-# %% ../../nbs/55_play.ipynb #9c151ce0
+# %% ../../nbs/55_play.ipynb #5c4d0fe4
 FPS = 25    # decisions a second
 
 
@@ -364,7 +364,7 @@ def choice_of(name: str, value: Any, choices: tuple | list) -> Any:
         raise UserError(f"{name} is {reprlib.repr(value)}; expected one of {expected}")
     return value
 
-# %% ../../nbs/55_play.ipynb #ac0a8892
+# %% ../../nbs/55_play.ipynb #b092de9a
 SCALE = 4       # of a saved film's pixels
 
 
@@ -386,7 +386,7 @@ def save_episode(truth: Truth, path: Path) -> None:
         store.append(episode)
         store.finish()
 
-# %% ../../nbs/55_play.ipynb #75dac87b
+# %% ../../nbs/55_play.ipynb #65dff05e
 class Player:
     """One visitor's game: messages in, answers and pictures out.
 
@@ -425,7 +425,7 @@ class Player:
         answer["ms"] = 1000 * (time.perf_counter() - began)
         return answer, buffers
 
-# %% ../../nbs/55_play.ipynb #f1e9c195
+# %% ../../nbs/55_play.ipynb #0d1c23c9
 Answer = tuple[JsonDict, list[bytes]]
 
 
@@ -481,7 +481,7 @@ def wake(player: Player, message: JsonDict) -> Answer:
     player.pair.wake()
     return frame_answer(player.pair, player.actor)
 
-# %% ../../nbs/55_play.ipynb #8f7eaac6
+# %% ../../nbs/55_play.ipynb #2f514fe4
 def change(player: Player, message: JsonDict) -> Answer:
     "The settings, after those in the message were changed."
     pair = player.pair
