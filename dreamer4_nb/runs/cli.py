@@ -169,8 +169,8 @@ Port = Annotated[int, Range(whole=True, low=0, high=65_535)]
 
 @dataclass(frozen=True)
 class Play:
-    """Opens the dream as a page in the browser. You steer it with the arrow keys, the mouse or a finger, and the
-    true simulator beside it gets the same actions.
+    """Opens the dream as a page in the browser. You steer it with the arrow keys, the mouse or a finger, and
+    the true simulator beside it gets the same actions.
 
     You may hand over to a policy or the planner, begin with any demonstration, and let the dream begin anew
     from the true frames. What was played is saved as a film or as an episode. Ctrl-C ends it.
@@ -180,7 +180,7 @@ class Play:
     task: str | None = None          # of a run with several tasks (default: its first)
     port: Port = 8765                # of the page on this machine; 0 = any that is free
     show: bool = True                # open the browser; the address is printed in any case
-    folder: Path = Path("runs/play")    # where films and episodes are saved
+    folder: Path = Path("runs/play")   # where films and episodes are saved
 
     def __post_init__(self) -> None:
         check_fields(self)
