@@ -203,7 +203,7 @@ def check_actions(actions: np.ndarray | Sequence, shape: tuple[int, ...]) -> np.
     "`actions` as float64 of `shape`, all in [-1, 1]; `UserError` otherwise."
     try:
         checked = np.asarray(actions, np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"actions are not numbers; expected an array of shape {shape} in [-1, 1]") from None
     if checked.shape != shape:
         raise UserError(f"actions have shape {checked.shape}; expected {shape}")

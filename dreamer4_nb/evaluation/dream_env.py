@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core import UserError, to_uint8
+from ..core import RowGenerators, UserError, to_uint8
 from ..inputs import COUNT
 from ..data.stores import EpisodeStore
 from ..data.windows import Windows
@@ -66,35 +66,36 @@ def _agent_tokens(world: WorldModel, agent: Tensor | None, are_read: bool) -> Te
 class DreamFilm:
     """A dream that is drawn frame by frame; `frame` is the last one, (h, w, 3) uint8.
 
+    `RowGenerators` dream several futures at once: the same real frames and actions, each with noise of its
+    own. The first one is drawn; `latents` (futures, n, d) are those of the last frame in each.
+
     latents: of the real frames (1, t, n, d) that it begins with.
     actions: (1, t, a) that led to these frames; a is the world's action size.
     known: (1, t) whether each action is known; None: all but an episode's first.
-    generator: of the noise.
+    generator: of the noise; the number of its rows is that of the futures, a plain one dreams one.
     agent: agent tokens (1, n_agent, width), where the world has them.
     """
 
-    def __init__(
-        self,
-        world: WorldModel,
-        latents: Tensor,
-        actions: Tensor,
-        known: Tensor | None,
-        generator: torch.Generator,
-        agent: Tensor | None = None,
-    ) -> None:
+    def __init__(self, world: WorldModel, latents: Tensor, actions: Tensor, known: Tensor | None,
+                 generator: torch.Generator | RowGenerators, agent: Tensor | None = None) -> None:
+        n = len(generator.generators) if isinstance(generator, RowGenerators) else 1
+        known = None if known is None else known.expand(n, -1)
+        tokens = _agent_tokens(world, agent, are_read=False)
+        tokens = None if tokens is None else tokens.expand(n, -1, -1)
         self.world = world
-        self.dream = world.start(1, generator, _agent_tokens(world, agent, are_read=False))
-        world.observe(self.dream, latents, actions, known)
+        self.dream = world.start(n, generator, tokens)
+        world.observe(self.dream, latents.expand(n, -1, -1, -1), actions.expand(n, -1, -1), known)
+        self.latents = latents[:, -1].expand(n, -1, -1)
         self.cache = empty_cache(world.tokenizer.decoder, 1)
         self._draw(latents)
 
     @property
     def h(self) -> Tensor | None:
-        "Features of the last frame for the heads, (1, n_agent, width)."
+        "Features of the last frame for the heads, (futures, n_agent, width)."
         return self.dream.h
 
     def step(self, action: np.ndarray) -> np.ndarray:
-        """Dreams and draws the frame that follows an action.
+        """Dreams the frame that follows an action, and draws it.
 
         action: (a,) in [-1, 1]; a world with more action dimensions gets zeros in the rest.
         Raises `UserError` for an action with more dimensions than the world has.
@@ -103,11 +104,18 @@ class DreamFilm:
         action = np.asarray(action, np.float32)
         if action.ndim != 1 or len(action) > width or not np.isfinite(action).all():
             raise UserError(f"action {action}; expected at most {width} finite numbers")
-        padded = torch.zeros(1, width)
-        padded[0, :len(action)] = torch.from_numpy(action)
-        latents = self.world.imagine(self.dream, padded.to(self.world.device))
-        self._draw(latents[:, None])
+        padded = torch.zeros(len(self.latents), width)
+        padded[:, :len(action)] = torch.from_numpy(action)
+        self.latents = self.world.imagine(self.dream, padded.to(self.world.device))
+        self._draw(self.latents[:1, None])
         return self.frame
+
+    def fork(self, generator: RowGenerators) -> None:
+        "Goes on with as many futures as `generator` has rows: the present ones in turn, the first one first."
+        rows = torch.arange(len(generator.generators)) % len(self.latents)
+        self.dream = self.dream.fork(rows)
+        self.dream.generator = generator
+        self.latents = self.latents[rows]
 
     @torch.no_grad()
     def _draw(self, latents: Tensor) -> None:
