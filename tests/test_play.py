@@ -1,5 +1,7 @@
 "Play: the simulator beside the dream is the real one, the dream is the one that its noise makes, and no message can break either."
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -253,6 +255,10 @@ def test_training_takes_saved_episodes_beside_those_worth_cloning(game, player, 
     assert played.n_episodes == 2 and set(played.qualities) == {"unknown"} and played.tasks == [game.task]
     with pytest.raises(UserError, match="expert or medium"):
         check_trainable(played, clip_lengths={}, policy="categorical", labels="intended", gamma=0.95)
+    columns = play.demonstrations_of(replace(MICRO, data=f"{tmp_path}/*.zarr"), game.task)
+    again = Player(replace(game, demonstrations=columns, held_out=np.array([1])), tmp_path)
+    assert again.pair.start == "demonstration 1"
+    assert np.array_equal(true_context(again.pair.truth)[0][0], played.episode(1).frames[:CONTEXT])
 
 
 def test_a_long_game_keeps_its_last_minute(player, monkeypatch):
@@ -325,6 +331,15 @@ def test_players_of_one_game_do_not_touch_each_other(game, tmp_path):
     ask(one, do="set", steps=1, futures=8, context=0, actor="cloned")
     ask(one, do="step")
     assert present(other) == before and game.world.schedule == LONG.dynamics.model.schedule
+
+
+def test_a_player_that_is_dropped_leaves_nothing(game, tmp_path):
+    player = Player(game, tmp_path)
+    ask(player, do="step", action=[0, 0])
+    parts = [weakref.ref(part) for part in (player, player.pair, player.pair.film, player.pair.truth, player.pair.planner)]
+    del player
+    gc.collect()
+    assert [part() for part in parts] == [None] * len(parts)
 
 
 def test_the_same_seed_and_messages_give_the_same_game(game, tmp_path):
