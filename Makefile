@@ -6,7 +6,7 @@ export PYTHON
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl demo test gpu export readme check lint notebooks pytest clean
+.PHONY: help setup gl browser demo test gpu export readme check lint notebooks pytest clean
 
 help:
 	@echo "make setup | demo | test | lint | gpu | export | clean"
@@ -21,6 +21,10 @@ $(STAMP): settings.ini setup.py
 gl:
 	@.ci/setup gl
 
+# The page of play is tested in Chromium. Without it these tests are skipped.
+browser:
+	@.ci/setup browser
+
 # What was typed here is what the command says to type again.
 demo: export DREAMER4_COMMAND = make demo$(if $(ARGS), ARGS="$(ARGS)")
 demo: setup
@@ -31,7 +35,7 @@ readme: setup
 	$(BIN)/python .ci/readme > README.md
 
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
-test: setup
+test: setup browser
 	@$(MAKE) --no-print-directory check && time $(MAKE) --no-print-directory notebooks && time $(MAKE) --no-print-directory pytest
 
 # What only a GPU can tell, in under ten minutes, into nbs/results/gpu.json. ARGS="--minutes 20 --only bench" and so on.

@@ -53,7 +53,7 @@ const VIEW = `
     </div>
     <div>
       <label title="How much of the past frames the dream is shown; the rest is noise">context signal
-        <input data-part="context" type="range" min="0.5" max="1" step="0.01">
+        <input data-part="context" type="range" min="0" step="1">
         <output data-part="contextShown"></output></label>
     </div>
     <div>
@@ -329,6 +329,7 @@ export function play(root, channel, keyboard) {
     steering = makeSteering(part("steer"), hello.action_dim, () => run(true));
     fill(part("steps"), hello.steps, hello.settings.steps);
     fill(part("futures"), hello.futures, hello.settings.futures);
+    part("context").max = hello.contexts.length - 1;
     part("actors").replaceChildren(...hello.actors.map((name) => {
       const button = document.createElement("button");
       button.textContent = name;
@@ -345,8 +346,8 @@ export function play(root, channel, keyboard) {
   function adopt(settings) {
     part("steps").value = settings.steps;
     part("futures").value = settings.futures;
-    part("context").value = settings.context;
-    part("contextShown").textContent = text(settings.context);
+    part("context").value = world.contexts.indexOf(settings.context);
+    part("contextShown").textContent = text(settings.context, 3);
     actor = settings.actor;
     if (actor !== "you") partner = actor;
     for (const button of part("actors").children) {
@@ -417,9 +418,9 @@ export function play(root, channel, keyboard) {
   for (const [name, action] of Object.entries(actions)) part(name).addEventListener("click", () => world && action());
   part("steps").addEventListener("change", (event) => ask({ do: "set", steps: Number(event.target.value) }));
   part("futures").addEventListener("change", (event) => ask({ do: "set", futures: Number(event.target.value) }));
-  part("context").addEventListener("change", (event) => ask({ do: "set", context: Number(event.target.value) }));
+  part("context").addEventListener("change", (event) => ask({ do: "set", context: world.contexts[event.target.value] }));
   part("context").addEventListener("input", (event) => {
-    part("contextShown").textContent = text(Number(event.target.value));
+    part("contextShown").textContent = text(world.contexts[event.target.value], 3);
   });
 
   // After the mouse has used a control, keys steer again; a keyboard's user keeps the focus.
