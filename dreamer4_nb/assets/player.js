@@ -140,8 +140,9 @@ function makePlot(canvas, legend) {
       context.lineTo(x, height);
     });
     context.stroke();
-    context.lineWidth = 1.6;
+    context.lineWidth = 4; // it stays visible below the prediction
     curve(context, "reward", 4, half - 8, Math.max(1, largest("reward", "predicted")));
+    context.lineWidth = 1.6;
     curve(context, "predicted", 4, half - 8, Math.max(1, largest("reward", "predicted")));
     curve(context, "value", half + 4, half - 6, Math.max(1, largest("value")));
   }
@@ -316,7 +317,8 @@ export function play(root, channel, keyboard) {
   channel.onclose = () => {
     run(false);
     root.querySelectorAll("button, input, select").forEach((control) => (control.disabled = true));
-    if (!part("status").classList.contains("d4-bad")) say("The connection is closed. Reload the page to play again.", true);
+    const said = part("status").classList.contains("d4-bad"); // the reason
+    if (!said) say("The connection is closed. Reload the page to play again.", true);
   };
 
   function fail(words) {
@@ -340,7 +342,8 @@ export function play(root, channel, keyboard) {
     adopt(hello.settings);
     partner = hello.actors.find((name) => name !== "you");
     show(hello.frame, pictures);
-    say(`${hello.task}: press an arrow key${hello.action_dim === 2 ? " or drag in the square" : ""} to steer the dream.`);
+    const hand = hello.action_dim === 2 ? "drag in the square" : "move the slider";
+    say(`${hello.task}: press an arrow key or ${hand} to steer the dream.`);
   }
 
   function adopt(settings) {
@@ -358,14 +361,16 @@ export function play(root, channel, keyboard) {
   function show(frame, [dream, simulator]) {
     paint(part("dream"), dream);
     paint(part("simulator"), simulator);
-    if (frame.t === 0) plot.clear();
+    if (frame.t === 0) {
+      plot.clear();
+      say(`Began from ${frame.start}.`);
+    }
     plot.add(frame);
     part("since").textContent = `${frame.since} frames since reality`;
     part("disagreement").value = frame.disagreement ?? 0;
     part("disagreement").title = text(frame.disagreement);
     steering.show(frame.action);
     root.dataset.t = frame.t;
-    if (frame.error) say(frame.error, true);
   }
 
   function saved(answer, pictures) {
@@ -401,11 +406,9 @@ export function play(root, channel, keyboard) {
 
   function reset() {
     const typed = part("number").value;
-    if (part("from").value === "simulator") {
-      return ask({ do: "reset", from: "simulator", seed: typed === "" ? null : Number(typed) });
-    }
-    const episode = typed === "" ? Math.floor(Math.random() * world.episodes) : Number(typed);
-    return ask({ do: "reset", from: "demonstration", episode });
+    const number = typed === "" ? null : Number(typed); // null: a random one
+    if (part("from").value === "simulator") return ask({ do: "reset", from: "simulator", seed: number });
+    return ask({ do: "reset", from: "demonstration", episode: number });
   }
 
   const actions = {
@@ -416,9 +419,12 @@ export function play(root, channel, keyboard) {
     episode: () => ask({ do: "save", as: "episode" }),
   };
   for (const [name, action] of Object.entries(actions)) part(name).addEventListener("click", () => world && action());
-  part("steps").addEventListener("change", (event) => ask({ do: "set", steps: Number(event.target.value) }));
-  part("futures").addEventListener("change", (event) => ask({ do: "set", futures: Number(event.target.value) }));
-  part("context").addEventListener("change", (event) => ask({ do: "set", context: world.contexts[event.target.value] }));
+  const setting = (name, read) => {
+    part(name).addEventListener("change", ({ target }) => ask({ do: "set", [name]: read(target.value) }));
+  };
+  setting("steps", Number);
+  setting("futures", Number);
+  setting("context", (level) => world.contexts[level]);
   part("context").addEventListener("input", (event) => {
     part("contextShown").textContent = text(world.contexts[event.target.value], 3);
   });
@@ -438,9 +444,10 @@ export function play(root, channel, keyboard) {
   };
   keyboard.addEventListener("keydown", (event) => {
     const { key, target } = event;
-    const busy = target.closest?.("input:not([type=checkbox]), select") || event.ctrlKey || event.metaKey || event.altKey;
+    const typing = target.closest?.("input:not([type=checkbox]), select");
     const pressing = key === " " && target.closest?.("button, summary, input");
-    if (!world || busy || pressing) return;
+    const other = event.ctrlKey || event.metaKey || event.altKey;
+    if (!world || typing || pressing || other) return;
     const action = key in ARROWS ? () => steering.press(key) : shortcuts[key.toLowerCase()];
     if (!action) return;
     event.preventDefault();
