@@ -104,8 +104,9 @@ class Worker:
             return await asyncio.wrap_future(self.pool.submit(_answer, visitor, text))
         except UserError as error:
             return pack({"kind": "error", "error": str(error)}, [])
-        except (BrokenProcessPool, RuntimeError):   # the process ended, now or before
-            return pack({"kind": "error", "error": "this game's process ended; reload the page to begin anew"}, [])
+        except BrokenProcessPool:
+            line = "this game's process ended; reload the page to begin anew"
+            return pack({"kind": "error", "error": line}, [])
 
     def leave(self, visitor: int) -> None:
         "Frees what a visitor's game holds."
@@ -114,17 +115,18 @@ class Worker:
             self.pool.submit(_leave, visitor)
 
     def is_alive(self) -> bool:
-        "Whether it can take visitors. A process that ended cannot; nor one that could not open the game."
-        failed = self.opened.done() and self.opened.exception() is not None
-        processes = getattr(self.pool, "_processes", None) or {}
-        return not failed and all(process.is_alive() for process in processes.values())
+        "Whether it can take visitors: its process has not ended, and the game could be opened."
+        if self.opened.done() and self.opened.exception():
+            return False
+        try:
+            self.pool.submit(int)
+        except BrokenProcessPool:
+            return False
+        return True
 
     def end(self) -> None:
-        "Ends the process at once."
-        processes = list((getattr(self.pool, "_processes", None) or {}).values())
+        "Ends the process, after the answer that it is at."
         self.pool.shutdown(wait=False, cancel_futures=True)
-        for process in processes:
-            process.terminate()
 
 # %% ../../nbs/56_page.ipynb #751de3f5
 class Workers:
@@ -142,9 +144,6 @@ class Workers:
 
     def enter(self) -> tuple[int, Worker] | None:
         "A number and a worker for one more visitor; None if there are too many."
-        for worker in self.all:
-            if not worker.is_alive():
-                worker.end()
         self.all = [worker for worker in self.all if worker.is_alive()]
         if sum(len(worker.visitors) for worker in self.all) >= VISITORS:
             return None
@@ -214,7 +213,7 @@ def application(workers: Workers, key: str) -> Application:
         (rf"/{key}/(page\.js|player\.js|player\.css)", _Page, static),
         (f"/{key}/socket", _Socket, {"workers": workers}),
         (".*", _Elsewhere),
-    ], websocket_max_message_size=LARGEST, websocket_ping_interval=20, compress_response=False)
+    ], websocket_max_message_size=LARGEST, websocket_ping_interval=20, log_function=lambda handler: None)
 
 # %% ../../nbs/56_page.ipynb #d5d1728c
 def _listen(host: str, port: int) -> list[socket.socket]:
@@ -222,8 +221,8 @@ def _listen(host: str, port: int) -> list[socket.socket]:
     try:
         return bind_sockets(port, host)
     except OSError as error:
-        raise UserError(f"cannot listen on port {port} of {host} ({error.strerror}), perhaps because another "
-                        "`dreamer4 play` does; choose another port, or --port 0 for any that is free") from None
+        problem = f"cannot listen on port {port} of {host} ({error.strerror})"
+        raise UserError(f"{problem}; choose another with --port; 0 takes any that is free") from None
 
 
 def _show(address: str) -> None:
