@@ -17,7 +17,7 @@ from dreamer4_nb.method.agent import AgentConfig, AgentHeads
 from dreamer4_nb.method.streams import encode_stream
 from dreamer4_nb.runs import play
 from dreamer4_nb.runs.cli import main, parse, shipped_run
-from dreamer4_nb.runs.play import CONTEXT, FUTURES, KEPT, Game, Player, disagreement, open_game, true_context
+from dreamer4_nb.runs.play import CONTEXT, FUTURES, KEPT, Game, Player, open_game, true_context, uncertainty
 from dreamer4_nb.runs.presets import LONG, MICRO
 from dreamer4_nb.training.phases import check_trainable
 from tests.helpers.models import make_world, output_layers, spread_weights
@@ -130,7 +130,7 @@ def test_the_first_of_many_futures_is_the_dream_that_its_noise_makes(game, playe
         assert abs(pixels(dream).astype(int) - drawn[0]).max() <= 3
         expected = torch.stack([film.latents[0] for film in films])
         assert torch.allclose(pair.film.latents, expected, atol=2e-3)
-        assert answer["disagreement"] == pytest.approx(disagreement(expected, game.world.dynamics.latent_std), rel=0.05)
+        assert answer["disagreement"] == pytest.approx(uncertainty(expected, game.world.dynamics.latent_std), rel=0.05)
     assert answer["disagreement"] > 0
 
 
@@ -422,9 +422,9 @@ def test_games_of_a_run_folder(game, tmp_path):
 def test_disagreement_has_a_unit():
     std = torch.rand(4, 8, generator=torch.Generator().manual_seed(0)) + 0.1
     unrelated = torch.randn(4000, 4, 8, generator=torch.Generator().manual_seed(1)) * std
-    assert disagreement(unrelated / 4, std) == pytest.approx(0.25, abs=0.01)
-    assert disagreement(10 * unrelated, std) == 1
-    assert disagreement(unrelated[:1], std) is None
+    assert uncertainty(unrelated / 4, std) == pytest.approx(0.25, abs=0.01)
+    assert uncertainty(10 * unrelated, std) == 1
+    assert uncertainty(unrelated[:1], std) is None
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

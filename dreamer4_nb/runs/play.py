@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CONTEXT', 'KEPT', 'UNUSED', 'FUTURES', 'REPLAN', 'FPS', 'SCALE', 'Answer', 'ANSWERS', 'demonstrations_of', 'Game',
-           'open_game', 'Moment', 'Truth', 'true_context', 'played_episode', 'disagreement', 'Pair', 'planned_action',
+           'open_game', 'Moment', 'Truth', 'true_context', 'played_episode', 'uncertainty', 'Pair', 'planned_action',
            'chosen_action', 'predictions', 'frame_answer', 'new_schedule', 'choice_of', 'save_film', 'save_episode',
            'Player', 'hello', 'step', 'reset', 'wake', 'change', 'save']
 
@@ -35,7 +35,7 @@ from ..evaluation.pictures import save_video
 from ..method.agent import AgentHeads
 from ..method.checkpoints import load_agent, load_imagination, load_tokenizer
 from ..method.forcing import Schedule
-from ..method.generation import WorldModel
+from ..method.generation import WorldModel, disagreement
 from ..method.streams import encode_stream
 from .chain import Run, open_episodes, read_config
 from .presets import LONG, Preset, resolve
@@ -218,16 +218,12 @@ def played_episode(truth: Truth) -> Episode:
 FUTURES = (1, 2, 4, 8)      # how many may be dreamed at once
 
 
-def disagreement(latents: Tensor, std: Tensor) -> float | None:
-    """How far futures differ: 0, they agree, to 1, as far as unrelated frames; None for one future.
+def uncertainty(latents: Tensor, std: Tensor) -> float | None:
+    """The `disagreement` of futures (m, n, d) in a frame, at most 1; None for one future.
 
-    The root mean square, over channels, of the standard deviation over futures, in that of the data.
-
-    latents: (futures, n, d); std: (n, d), of the data's latents.
+    std: (n, d), of the data's latents.
     """
-    if len(latents) < 2:
-        return None
-    return min(float((latents / std).var(0).mean().sqrt()), 1.0)
+    return None if len(latents) < 2 else min(float(disagreement(latents, std)), 1.0)
 
 # %% ../../nbs/55_play.ipynb #93297424
 class Pair:
@@ -344,7 +340,7 @@ def frame_answer(pair: Pair, actor: str) -> tuple[JsonDict, list[bytes]]:
         "reward": float(moment.reward),
         "predicted": reward,
         "value": value,
-        "disagreement": disagreement(pair.film.latents, pair.game.world.dynamics.latent_std),
+        "disagreement": uncertainty(pair.film.latents, pair.game.world.dynamics.latent_std),
         "start": pair.start,
         "error": None,
     }
