@@ -6,18 +6,19 @@
 __all__ = ['Split', 'DOES', 'pick_threads', 'open_episodes', 'phase_arguments', 'to_device', 'read_config', 'expected_models',
            'check_header', 'check_part', 'check_parts', 'expected_time', 'part_property', 'Run', 'alone_in',
            'train_parts', 'missing', 'load_part', 'check_models', 'check_frames', 'check_both_sides', 'check_run',
-           'make_part', 'phase_inputs', 'encode_episodes', 'TaskView', 'by_task']
+           'make_part', 'phase_inputs', 'phase_snapshots', 'encode_episodes', 'TaskView', 'by_task']
 
 # %% ../../nbs/50_chain.ipynb #cell-3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..core import UserError, pick_device, process_rank, write_json
 from ..inputs import (available_cores, environment_number, from_dict, local_path, read_json,
@@ -36,6 +37,7 @@ from .presets import MINUTES, TINY, Preset, resolve
 from ..training.phases import (check_cloning, check_trainable, encode_store, train_agent,
                                          train_dynamics, train_imagination, train_tokenizer)
 from ..training.ranks import wait_until
+from ..training.snapshots import dreams, policy_dreams, reconstructions
 
 # %% ../../nbs/50_chain.ipynb #cell-13
 def pick_threads(asked: int) -> int:
@@ -344,7 +346,8 @@ def make_part(run: Run, name: str) -> None:
     train = functions[name]
     inputs = phase_inputs(run, name)
     with run.phase(name, DOES[name]):
-        made = train(*inputs, **phase_arguments(run.preset, name, run.folder))
+        made = train(*inputs, **phase_arguments(run.preset, name, run.folder),
+                     snapshots=partial(phase_snapshots, run, name))
     run.parts[name] = to_device(made, run.preset)
 
 
@@ -358,6 +361,20 @@ def phase_inputs(run: Run, name: str) -> tuple:
     if name == "agent":
         return latents, run.dynamics
     return latents, run.world, run.agent[1]
+
+
+def phase_snapshots(run: Run, name: str, modules: dict[str, nn.Module]) -> dict[str, torch.Tensor]:
+    "What a phase shows of its modules at every save, on held-out episodes: see `training.snapshots`."
+    if name == "tokenizer":
+        return reconstructions(modules["tokenizer"], run.split[1])
+    held_out = run.latents[1]
+    if name == "imagination":
+        return policy_dreams(run.world, run.agent[1], modules["policy"], held_out)
+    world = WorldModel(run.tokenizer, modules["dynamics"])
+    if name == "dynamics":
+        return dreams(world, held_out)
+    heads = modules["heads"]
+    return policy_dreams(world, heads, heads.policy, held_out)
 
 
 def encode_episodes(run: Run) -> None:

@@ -32,7 +32,7 @@ from ..method.generation import WorldModel
 from ..method.imagination import ImaginationConfig, imagination_loss
 from ..method.streams import encode_stream
 from ..method.tokenizer import PerceptualLoss, Tokenizer, TokenizerConfig, tokenizer_loss
-from .loop import fit
+from .loop import Snapshots, fit
 from .optimizers import TrainConfig
 from .ranks import Tensors
 
@@ -191,7 +191,7 @@ def set_backgrounds(tokenizer: Tokenizer, sources: list[Windows]) -> None:
 @float32_default()
 def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainConfig, run_dir: Path | None,
                     batch: int = 4, length: int = 8, focus: float = 0.7, perceptual: float = 0.2,
-                    slow_steps: int = 2000) -> Tokenizer:
+                    slow_steps: int = 2000, snapshots: Snapshots | None = None) -> Tokenizer:
     """Phase 1a: trains a tokenizer on frames with `fit`.
 
     store: of frames.
@@ -201,6 +201,7 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
     slow_steps: steps of a second part, saved separately, in which latents become slow (`config.slowness`).
         Its batches have as many frames in longer clips. Many unrelated frames are best to find small things,
         but neighbors that are compared need a full past. With 0 the first part makes the tokenizer.
+    snapshots: makes images from the modules in training, for TensorBoard: see `fit`.
     `UserError` if the numbers of backgrounds and tasks differ, and for a single clip where clips are
     compared."""
     clips, long = slow_clips(config, batch, length, slow_steps)
@@ -228,7 +229,7 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
         loss_fn = partial(tokenizer_loss, perceptual=perceptual_loss, part=part)
         own_train = replace(train, steps=steps)
         fit(name, {"tokenizer": tokenizer}, loss_fn, batches, own_train, run_dir, weights=weights,
-            model_config={"tokenizer": to_dict(config)})
+            model_config={"tokenizer": to_dict(config)}, snapshots=snapshots)
     return tokenizer.eval()
 
 # %% ../../nbs/38_phases.ipynb #acc4beaf
@@ -244,11 +245,13 @@ def encode_store(store: EpisodeStore, tokenizer: Tokenizer, path: str | Path, bu
 # %% ../../nbs/38_phases.ipynb #08fff5b7
 @float32_default()
 def train_dynamics(latents: EpisodeStore, config: DynamicsConfig, train: TrainConfig, run_dir: Path | None,
-                   batch: int = 16, length: int = 32, focus: float = 0.7) -> Dynamics:
+                   batch: int = 16, length: int = 32, focus: float = 0.7,
+                   snapshots: Snapshots | None = None) -> Dynamics:
     """Phase 1b: trains the dynamics alone on latents with `fit`.
 
     batch, length: windows in a batch, and frames in a window.
-    focus: share of windows drawn from before the first reward."""
+    focus: share of windows drawn from before the first reward.
+    snapshots: makes images from the modules in training, for TensorBoard: see `fit`."""
     seed_everything(train.seed)
     dynamics = Dynamics(config)
     mean = torch.as_tensor(latents.mean)
@@ -257,7 +260,7 @@ def train_dynamics(latents: EpisodeStore, config: DynamicsConfig, train: TrainCo
     windows = Windows(latents, length, batch, train.seed, focus=focus, pad=True)
     print0(f"dynamics: {windows.describe()}")
     fit("dynamics", {"dynamics": dynamics}, dynamics_loss, windows, train, run_dir,
-        model_config={"dynamics": to_dict(config)})
+        model_config={"dynamics": to_dict(config)}, snapshots=snapshots)
     return dynamics.eval()
 
 # %% ../../nbs/38_phases.ipynb #63caae3e
@@ -296,13 +299,14 @@ AGENT_LOSS_WEIGHTS = {"cloning": 4.0}
 @float32_default()
 def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, train: TrainConfig,
                 run_dir: Path | None, batch: int = 32, length: int = 24, focus: float = 0.7,
-                labels: str = "intended") -> tuple[Dynamics, AgentHeads]:
+                labels: str = "intended", snapshots: Snapshots | None = None) -> tuple[Dynamics, AgentHeads]:
     """Phase 2: adds agent tokens to the pretrained `dynamics` and trains them and the heads with `fit`.
 
     batch, length: windows in a batch, and frames in a window. Half of the rows are relevant (expert and
         medium episodes), half uniform over the store.
     focus: share of the relevant windows drawn from before the first reward.
     labels: which actions are cloned, "intended" or "executed".
+    snapshots: makes images from the modules in training, for TensorBoard: see `fit`.
 
     Returns (dynamics, heads). The losses are weighted by `AGENT_LOSS_WEIGHTS`, and the bins of the reward
     head reach the largest reward of the data.
@@ -325,7 +329,8 @@ def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, 
     loss_fn = agent_loss if labels == "intended" else executed_agent_loss
     fit("agent", {"dynamics": dynamics, "heads": heads}, loss_fn, batches, train, run_dir,
         weights=AGENT_LOSS_WEIGHTS,
-        model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)})
+        model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)},
+        snapshots=snapshots)
     return dynamics.eval(), heads.eval()
 
 # %% ../../nbs/38_phases.ipynb #b6eccb89
@@ -348,12 +353,13 @@ def value_head_for(heads: AgentHeads, largest: float) -> tuple[ScalarHead, Agent
 @float32_default()
 def train_imagination(latents: EpisodeStore, world: WorldModel, heads: AgentHeads, config: ImaginationConfig,
                       train: TrainConfig, run_dir: Path | None, batch: int = 64,
-                      focus: float = 0.7) -> AgentHeads:
+                      focus: float = 0.7, snapshots: Snapshots | None = None) -> AgentHeads:
     """Phase 3: trains copies of the policy and value heads in dreams; returns heads with them.
 
     latents: of the episodes that give the contexts of the dreams.
     batch: dreams in a batch.
     focus: share of dreams that begin before the first reward.
+    snapshots: makes images from the modules in training, for TensorBoard: see `fit`.
 
     The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their
     RMS here: the PMPO loss is a difference of log-likelihoods, whose size says nothing about its gradient.
@@ -368,7 +374,8 @@ def train_imagination(latents: EpisodeStore, world: WorldModel, heads: AgentHead
     loss_fn = imagination_loss(world, heads, config, train.compile)
     history = fit("imagination", {"policy": policy, "value": value}, loss_fn, batches,
                   replace(train, normalize=False), run_dir,
-                  model_config={"heads": to_dict(heads_config), "imagination": to_dict(config)})
+                  model_config={"heads": to_dict(heads_config), "imagination": to_dict(config)},
+                  snapshots=snapshots)
 
     clamped = max([record.get("clamped", 0.0) for record in history], default=0.0)
     if clamped > 0:

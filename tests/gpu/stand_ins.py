@@ -52,6 +52,9 @@ class QuietWriter:
     def add_scalar(self, *args, **kwargs) -> None:
         pass
 
+    def add_image(self, *args, **kwargs) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
