@@ -240,7 +240,7 @@ class Pair:
         self.sampling = step_generator(seed, FUTURES[-1])
         self.planner = Planner(game.task, threads=1, seed=seed) if "planner" in game.actors else None
         self.tokens = game.tokens
-        self.futures = 4
+        self.futures = 2    # as good as eight: study 63
         self.t = 0          # decisions since the reset
         self.since = 0      # frames since the dream last saw true ones
         self.start = ""     # what the game began with
