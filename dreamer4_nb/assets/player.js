@@ -386,7 +386,8 @@ export function play(root, channel, keyboard) {
     const now = performance.now();
     rate(now);
     due = part("free").checked ? now : Math.max(due + 1000 / world.fps, now);
-    setTimeout(step, due - now);
+    if (due > now) setTimeout(step, due - now);
+    else step(); // a timer of zero would wait four milliseconds
   }
 
   function run(on) {
