@@ -116,3 +116,20 @@ def test_a_lesson_has_three_exercises_and_a_mistake_for_each(lesson):
     titles = [cell for cell in cells_of(lesson) if "".join(cell["source"]).startswith("### Exercise")]
     assert len(titles) == len(numbers)       # none in another form
     assert {number for its, number, _, _ in MISTAKES if its == lesson} == set(numbers)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_asks_for_three_predictions_and_folds_the_code_that_answers_them(lesson):
+    cells = [cell for cell in cells_of(lesson) if cell["cell_type"] == "code" and "\npredict(" in "".join(cell["source"])]
+    assert len(cells) >= 3
+    assert all(cell["metadata"].get("jupyter") == {"source_hidden": True} for cell in cells)
+    assert all(any("image/png" in output.get("data", ()) for output in cell["outputs"]) for cell in cells)
+
+
+@pytest.mark.parametrize("lesson", LESSONS)
+def test_a_lesson_ends_with_five_questions_whose_answers_are_folded(lesson):
+    sources = ["".join(cell["source"]) for cell in cells_of(lesson) if cell["cell_type"] == "markdown"]
+    questions = [source for source in sources if source.startswith("**Question ")]
+    assert len(questions) >= 5
+    folded = re.compile(r"\*\*Question \d\.\*\* [^\n]+\n\n<details><summary>Answer</summary>\n\n.+\n</details>", re.DOTALL)
+    assert all(folded.fullmatch(question) for question in questions)
