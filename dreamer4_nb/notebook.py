@@ -120,7 +120,7 @@ def still_page(draw: Callable[..., plt.Figure], moving: Sequence[str],
     return page
 
 # %% ../nbs/59_notebook.ipynb #39f0438e
-_CHEAP_SECONDS = 0.1
+_CHEAP_SECONDS = 0.25
 _Shown = TypeVar("_Shown")
 
 
