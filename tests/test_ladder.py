@@ -1,6 +1,7 @@
 """The rooms of the package, who may import whom, and the numbers of the notebooks.
 
-Notebook NN_name.ipynb exports one module called name, in a room; 00-19 are lessons, 20-59 the machine, 60-79 studies.
+Notebook NN_name.ipynb exports one module called name, in a room; 00-19 are lessons, 20-59 the machine, 60-79 studies, 80-99 the
+checks of the lessons' exercises: notebook 80 + N, check_name, exports exercises.name for lesson N.
 """
 import ast
 import json
@@ -14,7 +15,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = {path.stem[3:]: path for path in sorted((ROOT / "nbs").glob("[0-9][0-9]_*.ipynb"))}
 NUMBER = {name: int(path.stem[:2]) for name, path in NOTEBOOKS.items()}
-TRACKS = {"lessons": range(0, 20), "machine": range(20, 60), "studies": range(60, 80)}
+TRACKS = {"lessons": range(0, 20), "machine": range(20, 60), "studies": range(60, 80),
+          "checks": range(80, 100)}
 
 # Room: the rooms that its modules may import, besides their own.
 ROOMS = {
@@ -26,6 +28,7 @@ ROOMS = {
     "evaluation": {"core", "inputs", "method", "data"},
     "runs": {"core", "inputs", "method", "data", "training", "evaluation"},
     "notebook": {"core", "inputs", "method", "data", "training", "evaluation", "runs"},
+    "exercises": {"core", "inputs", "method", "data", "training", "evaluation", "runs", "notebook"},
 }
 
 
@@ -101,7 +104,7 @@ def test_every_module_has_its_notebook():
     files = {path for path in (ROOT / "dreamer4_nb").rglob("*.py") if path.name not in by_hand}
     assert files == set(FILES.values())
     assert {room_of(module) for module in MODULES} == ROOMS.keys()
-    assert all(module.split(".")[-1] == name for module, name in MODULES.items())
+    assert all(module.split(".")[-1] == name.removeprefix("check_") for module, name in MODULES.items())
 
 
 @pytest.mark.parametrize("room", ["method", "core"])
