@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 NBS = Path(__file__).parents[1] / "nbs"
-LESSONS = {"01": "flow"}
+LESSONS = ["01"]
 TITLE = re.compile(r"### Exercise (\d+) (★{1,3}) · (\d+) minutes\n")
 FOLDED = re.compile(r"<details><summary>Solution</summary>\n.*?```python\n(.*?)```.*</details>", re.DOTALL)
 
@@ -69,12 +69,15 @@ each_exercise = pytest.mark.parametrize("key", EXERCISES, ids=str)
 
 def names_of(lesson):
     "What a solution may use: torch, math, what the lesson imports from the package, what its module exports."
-    module = importlib.import_module(f"dreamer4_nb.method.{LESSONS[lesson]}")
-    names = {name: getattr(module, name) for name in module.__all__}
+    names = {}
     for cell in cells_of(lesson):
-        if cell["cell_type"] != "code":
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code" or re.match(r"%|!", source):
             continue
-        for node in ast.parse("".join(cell["source"])).body:
+        for exported in re.findall(r"^#\|\s*default_exp\s+(\S+)", source):
+            module = importlib.import_module(f"dreamer4_nb.{exported}")
+            names |= {name: getattr(module, name) for name in module.__all__}
+        for node in ast.parse(source).body:
             ours = isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in {"torch", "dreamer4_nb"}
             plain = isinstance(node, ast.Import) and all(alias.name in {"torch", "math"} for alias in node.names)
             if ours or plain:
