@@ -9,32 +9,19 @@ import importlib
 import io
 import json
 import re
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 NBS = Path(__file__).parents[1] / "nbs"
-LESSONS = ["01"]
+PLANTED = Path(__file__).parent / "mistakes"     # lesson_01.py: `MISTAKES`, a list of (exercise, code, words of its hint)
+LESSONS = sorted(path.stem.removeprefix("lesson_") for path in PLANTED.glob("lesson_*.py"))
+MISTAKES = [(lesson, *mistake) for lesson in LESSONS
+            for mistake in runpy.run_path(str(PLANTED / f"lesson_{lesson}.py"))["MISTAKES"]]
 TITLE = re.compile(r"### Exercise (\d+) (★{1,3}) · (\d+) minutes\n")
 FOLDED = re.compile(r"<details><summary>Solution</summary>\n.*?```python\n(.*?)```.*</details>", re.DOTALL)
-
-# Lesson, exercise, a typical mistake, words of its hint. The check notebooks have more.
-MISTAKES = [
-    ("01", 1, "def velocity(noise_hat, z, tau): return (noise_hat - z) / expand_as(tau, z)", "reversed"),
-    ("01", 1, "def velocity(noise_hat, z, tau): return (z - noise_hat) / (1 - expand_as(tau, z))", "between z and the data"),
-    ("01", 1, "def velocity(noise_hat, z, tau): return (z - noise_hat) / tau", "RuntimeError"),
-    ("01", 1, "def velocity(noise_hat, z, tau): return z", "differ"),
-    ("01", 2, "def cosine_path(noise, x, tau):\n    a = expand_as(tau, x)\n    return a.cos() * noise + a.sin() * x, x - noise",
-     "not arrived at the data"),
-    ("01", 2, "def cosine_path(noise, x, tau):\n    a = expand_as(tau, x) * math.pi / 2\n"
-     "    return a.cos() * noise + a.sin() * x, a.cos() * x - a.sin() * noise", "inner derivative"),
-    ("01", 2, "def cosine_path(noise, x, tau): return x, noise", "position is wrong"),
-    ("01", 3, "def velocity_loss(x_hat, x, tau, largest): return ((x_hat - x) ** 2).mean()", "loss of x̂"),
-    ("01", 3, "def velocity_loss(x_hat, x, tau, largest): return ((x_hat - x) ** 2 / (1 - expand_as(tau, x)) ** 2).mean()",
-     "infinite"),
-    ("01", 3, "def velocity_loss(x_hat, x, tau, largest): return x_hat.sum() * 0 + 1", "value differs"),
-]
 
 
 @dataclass
