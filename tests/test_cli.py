@@ -49,7 +49,7 @@ def finished(tmp_path_factory, data):
 def test_help():
     found = subprocess.run([sys.executable, "-m", "dreamer4_nb", "--help"], capture_output=True, text=True)
     assert found.returncode == 0
-    for command in ("demo", "collect", "train", "evaluate", "play", "bench", "ship", "doctor"):
+    for command in ("demo", "collect", "train", "evaluate", "online", "play", "bench", "ship", "doctor"):
         assert command in found.stdout
 
 

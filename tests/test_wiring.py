@@ -388,8 +388,8 @@ def test_phase_2_clones_the_labels_it_was_told(stores, monkeypatch, labels):
     train_agent(stores[1], given, AGENT, SHORT, None, batch=4, length=4, labels=labels)
     batch = calls[0]["batches"](0)
     calls[0]["loss_fn"](calls[0]["modules"], batch, None)
-    assert torch.equal(seen[0].intended, batch.intended if labels == "intended" else batch.actions)
-    assert not torch.equal(batch.intended, batch.actions) and torch.equal(seen[0].actions, batch.actions)
+    executed = torch.equal(seen[0].intended, batch.actions)
+    assert executed == (labels == "executed") and torch.equal(seen[0].actions, batch.actions)
 
 
 def test_each_part_of_the_tokenizer_has_its_own_slowness(stores, monkeypatch):

@@ -184,6 +184,7 @@ SECTIONS = {
     "closed_loop": "Closed loop",
     "dream": "The dream beside the truth",
     "tokenizer": "What the tokenizer keeps",
+    "rounds": "Online rounds",
     "training": "Training",
 }
 INTERVALS = (

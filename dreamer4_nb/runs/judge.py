@@ -180,6 +180,8 @@ CAPTIONS = {
                     "alone; +n is the n-th dreamed frame.",
     "dream-rollouts": f"Top: truth. Bottom: dream, from frame {PREFIX + 1} on.",
     "dream-steps": "Quality of each frame, beside the floors and the ceiling.",
+    "rounds-curve": "Episodes of each online round, with 95% intervals. A round is played by the policy of "
+                    "the round before it, on fresh seeds.",
     "training-curves": "Losses over the steps of each phase."}
 
 

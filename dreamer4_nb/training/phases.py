@@ -6,7 +6,7 @@
 __all__ = ['RELEVANT', 'LARGEST', 'STATISTICS_BATCHES', 'AGENT_LOSS_WEIGHTS', 'largest_reward', 'largest_return', 'check_cloning',
            'check_trainable', 'check_measurable', 'frame_statistics', 'slow_clips', 'check_comparable',
            'set_backgrounds', 'train_tokenizer', 'encode_store', 'train_dynamics', 'check_agent', 'with_agent_tokens',
-           'executed_agent_loss', 'train_agent', 'value_head_for', 'train_imagination']
+           'online_parts', 'agent_batches', 'train_agent', 'value_head_for', 'train_imagination']
 
 # %% ../../nbs/38_phases.ipynb #44e47e5d
 import copy
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import Batch, UserError, float32_default, print0, seed_everything
 from ..inputs import to_dict
@@ -34,7 +34,7 @@ from ..method.streams import encode_stream
 from ..method.tokenizer import PerceptualLoss, Tokenizer, TokenizerConfig, tokenizer_loss
 from .loop import Snapshots, fit
 from .optimizers import TrainConfig
-from .ranks import Tensors
+
 
 # %% ../../nbs/38_phases.ipynb #20176b29
 RELEVANT = ("expert", "medium")  # qualities of the episodes that are cloned
@@ -284,12 +284,33 @@ def with_agent_tokens(dynamics: Dynamics, n_agent: int) -> Dynamics:
     return with_tokens
 
 
-def executed_agent_loss(modules: dict[str, nn.Module], batch: Batch,
-                        generator: torch.Generator) -> tuple[Tensors, Tensors]:
-    "`agent_loss`, with the executed actions as cloning targets."
-    executed = replace(batch, intended=batch.actions)
-    return agent_loss(modules, executed, generator)
+def online_parts(old: Windows, gathered: Windows | None, rows: int, recent: float,
+                 relevant: bool) -> list[tuple[Windows, int, bool]]:
+    """Parts of a `Mixture`: `rows` of the old data, or a share `recent` of them of what was gathered online.
 
+    relevant: whether these rows are cloned."""
+    new = round(rows * recent) if gathered else 0
+    parts = [(old, rows - new, relevant), (gathered, new, relevant)]
+    return [(windows, n, is_cloned) for windows, n, is_cloned in parts if windows is not None and n]
+
+# %% ../../nbs/38_phases.ipynb #a9935712
+def agent_batches(latents: EpisodeStore, gathered: EpisodeStore | None, rows: int, length: int, focus: float,
+                  labels: str, recent: float, seed: int) -> Mixture:
+    """The batches of phase 2: `rows` that are cloned, then as many of all episodes.
+
+    The other arguments are those of `train_agent`."""
+    def windows(store: EpisodeStore, labels: str, seed: int, focus: float = 0.0) -> Windows:
+        return Windows(store, length, rows, seed, focus=focus, pad=True, labels=labels)
+
+    good = windows(latents.of_quality(*RELEVANT), labels, seed, focus)
+    every = windows(latents, labels, seed + 1)
+    new_good = new_every = None
+    if gathered is not None:
+        new_every = windows(gathered, "intended", seed + 3)
+        if np.isin(gathered.qualities, RELEVANT).any():
+            new_good = windows(gathered.of_quality(*RELEVANT), "intended", seed + 2, focus)
+    return Mixture([*online_parts(good, new_good, rows, recent, relevant=True),
+                    *online_parts(every, new_every, rows, recent, relevant=False)])
 
 # %% ../../nbs/38_phases.ipynb #e538463e
 # Most of the cloning loss is noise of the labels. Divided by its size, it would hardly move the trunk.
@@ -299,7 +320,8 @@ AGENT_LOSS_WEIGHTS = {"cloning": 4.0}
 @float32_default()
 def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, train: TrainConfig,
                 run_dir: Path | None, batch: int = 32, length: int = 24, focus: float = 0.7,
-                labels: str = "intended", snapshots: Snapshots | None = None) -> tuple[Dynamics, AgentHeads]:
+                labels: str = "intended", snapshots: Snapshots | None = None, heads: AgentHeads | None = None,
+                gathered: EpisodeStore | None = None, recent: float = 0.5) -> tuple[Dynamics, AgentHeads]:
     """Phase 2: adds agent tokens to the pretrained `dynamics` and trains them and the heads with `fit`.
 
     batch, length: windows in a batch, and frames in a window. Half of the rows are relevant (expert and
@@ -307,6 +329,10 @@ def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, 
     focus: share of the relevant windows drawn from before the first reward.
     labels: which actions are cloned, "intended" or "executed".
     snapshots: makes images from the modules in training, for TensorBoard: see `fit`.
+    heads: to go on with; None: new ones.
+    gathered: latents of episodes that the agent has played, which share in both halves of the rows. Their
+        `intended` actions are cloned, whatever `labels` says.
+    recent: the share of rows that they get.
 
     Returns (dynamics, heads). The losses are weighted by `AGENT_LOSS_WEIGHTS`, and the bins of the reward
     head reach the largest reward of the data.
@@ -316,20 +342,15 @@ def train_agent(latents: EpisodeStore, dynamics: Dynamics, config: AgentConfig, 
     seed_everything(train.seed)
     dynamics = with_agent_tokens(dynamics, config.n_agent)
     reward_range = covering_range(largest_reward(latents), config.reward_range)
-    config = replace(config, reward_range=reward_range)
-    heads = AgentHeads(config)
+    if heads is None:
+        heads = AgentHeads(replace(config, reward_range=reward_range))
+    heads = copy.deepcopy(heads)
 
-    half = batch // 2
-    relevant = latents.of_quality("expert", "medium")
-    good = Windows(relevant, length, half, train.seed, focus=focus, pad=True)
-    every = Windows(latents, length, half, train.seed + 1, pad=True)
-    print0(f"agent, cloning: {good.describe()}")
-    print0(f"agent, world: {every.describe()}")
-    batches = Mixture([(good, half, True), (every, half, False)])
-    loss_fn = agent_loss if labels == "intended" else executed_agent_loss
-    fit("agent", {"dynamics": dynamics, "heads": heads}, loss_fn, batches, train, run_dir,
+    batches = agent_batches(latents, gathered, batch // 2, length, focus, labels, recent, train.seed)
+    print0(f"agent: {batches.describe()}")
+    fit("agent", {"dynamics": dynamics, "heads": heads}, agent_loss, batches, train, run_dir,
         weights=AGENT_LOSS_WEIGHTS,
-        model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(config)},
+        model_config={"dynamics": to_dict(dynamics.config), "heads": to_dict(heads.config)},
         snapshots=snapshots)
     return dynamics.eval(), heads.eval()
 
@@ -353,22 +374,28 @@ def value_head_for(heads: AgentHeads, largest: float) -> tuple[ScalarHead, Agent
 @float32_default()
 def train_imagination(latents: EpisodeStore, world: WorldModel, heads: AgentHeads, config: ImaginationConfig,
                       train: TrainConfig, run_dir: Path | None, batch: int = 64,
-                      focus: float = 0.7, snapshots: Snapshots | None = None) -> AgentHeads:
+                      focus: float = 0.7, snapshots: Snapshots | None = None,
+                      gathered: EpisodeStore | None = None, recent: float = 0.5) -> AgentHeads:
     """Phase 3: trains copies of the policy and value heads in dreams; returns heads with them.
 
     latents: of the episodes that give the contexts of the dreams.
     batch: dreams in a batch.
     focus: share of dreams that begin before the first reward.
     snapshots: makes images from the modules in training, for TensorBoard: see `fit`.
+    gathered: latents of episodes that the agent has played, in which a share `recent` of the dreams begin.
 
     The world model, the reward and continue heads and the prior stay frozen. Losses are not divided by their
     RMS here: the PMPO loss is a difference of log-likelihoods, whose size says nothing about its gradient.
     The bins of the value head reach the largest return of the data under γ; if those of `heads` do not, a
     new value head is trained."""
     seed_everything(train.seed)
-    value, heads_config = value_head_for(heads, largest_return(latents, config.gamma))
+    known = [store for store in (latents, gathered) if store is not None]
+    largest = max(largest_return(store, config.gamma) for store in known)
+    value, heads_config = value_head_for(heads, largest)
     policy = copy.deepcopy(heads.policy)
-    batches = Windows(latents, config.context, batch, train.seed, focus=focus)
+    old, *new = (Windows(store, config.context, batch, train.seed + k, focus=focus)
+                 for k, store in enumerate(known))
+    batches = Mixture(online_parts(old, new[0], batch, recent, relevant=False)) if new else old
     print0(f"imagination: {batches.describe()}")
 
     loss_fn = imagination_loss(world, heads, config, train.compile)
