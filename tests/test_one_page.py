@@ -22,10 +22,11 @@ def gains(rows: list[dict]) -> list[float]:
 
 
 def is_method(source: str) -> bool:
-    "Whether a cell defines a part of the method: not the toy world, its players, or what measures."
+    "Whether a cell defines a part of the method: not the toy world, its players, exercises, or what measures."
     defines = re.search(r"(?m)^(def|class) ", source)
     around = re.search(r"(?m)^(class World|def (lazy|state|errors|interval|run_seed))\b", source)
-    return bool(defines) and not around
+    hands_on = "\npredict(" in source or "raise NotImplementedError" in source
+    return bool(defines) and not around and not hands_on
 
 
 def test_the_method_stays_on_one_page():
@@ -41,7 +42,7 @@ def test_cells_are_narrow_and_short():
 def test_the_method_is_written_out():
     "It takes nothing of ours but the looks of figures."
     ours = re.findall(r"(?m)^\s*(?:from|import)\s+(dreamer4_nb\S*)", "\n".join(CODE))
-    assert set(ours) <= {"dreamer4_nb.evaluation.pictures", "dreamer4_nb.notebook"}
+    assert set(ours) <= {"dreamer4_nb.evaluation.pictures", "dreamer4_nb.notebook", "dreamer4_nb.exercises.one_page"}
 
 
 def test_all_five_seeds_are_stored():
