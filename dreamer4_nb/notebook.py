@@ -65,14 +65,18 @@ _STILL_BYTES = 150_000
 
 
 def _frame(figure: plt.Figure) -> str:
-    "A figure in 16 colors as the source of an `<img>`."
+    "A figure as the source of an `<img>`: in 16 colors, or smeared a little if it needs more."
     drawn, packed = io.BytesIO(), io.BytesIO()
     _closed(figure).savefig(drawn, format="png")
-    few = Image.open(drawn).convert("RGB").quantize(16).convert("RGB")
-    few.save(packed, format="webp", lossless=True, method=6)
+    picture = Image.open(drawn).convert("RGB")
+    few = picture.quantize(16).convert("RGB")
+    if np.abs(np.asarray(picture, int) - few).max() < 100:
+        few.save(packed, format="webp", lossless=True, method=6)
+    else:                                   # a film, in which a small ball would lose its color
+        picture.save(packed, format="webp", quality=60, method=6)
     return "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
 
-
+# %% ../nbs/59_notebook.ipynb #2a3628f1
 def _positions(widget: ipywidgets.Widget) -> list[tuple[str, object]]:
     "All positions of a slider or a menu: what it shows and its value."
     if hasattr(widget, "options"):
