@@ -6,10 +6,10 @@
 __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WIDTHS', 'LIMITS', 'LARGEST', 'LOCK', 'is_url',
            'one_line', 'store_path', 'filesystem', 'exists', 'remove_store', 'open_group', 'create_arrays',
            'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
-           'check_seal', 'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns',
-           'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable', 'check_appendable',
-           'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_arrays', 'task_widths',
-           'JoinedArrays']
+           'check_seal', 'check_specs', 'check_attributes', 'check_layout', 'check_widths', 'check_values',
+           'open_columns', 'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable',
+           'check_appendable', 'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_arrays',
+           'task_widths', 'default_spec', 'task_spec', 'note_spec', 'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -28,6 +28,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,8 @@ import zarr
 from filelock import FileLock, Timeout
 
 from ..core import UserError, is_alive
-from ..inputs import local_path
+from ..inputs import from_dict, local_path, to_dict
+from .tasks import TaskSpec, known_spec
 
 # %% ../../nbs/28_arrays.ipynb #98e87db5
 VERSION = 2  # of the layout; version 1 has no seeds, and is only read
@@ -390,6 +392,19 @@ def _are_names(value: Any) -> bool:
     return len(set(value)) == len(value) > 0
 
 
+def check_specs(path: str | Path, attributes: dict) -> None:
+    "`UserError` if the specs that a store notes are not those of some of its tasks."
+    specs = attributes.get("specs", {})
+    fits = isinstance(specs, dict) and set(specs) <= set(attributes["tasks"])
+    _expect(path, "specs", specs, fits, "a spec for some of its tasks")
+    for task, spec in specs.items():
+        try:
+            from_dict(TaskSpec, spec)
+        except UserError as error:
+            raise UserError(f"{path}: its spec of {task!r} does not fit ({error}); "
+                            "the store is damaged or of another version, make it again") from None
+
+
 def check_attributes(path: str | Path, attributes: dict) -> None:
     "`UserError` if the attributes of a store are incomplete, of wrong types, or of another version."
     if attributes.get("format") != "dreamer4_nb":
@@ -405,6 +420,7 @@ def check_attributes(path: str | Path, attributes: dict) -> None:
     for key in ("tasks", "qualities"):
         names = attributes.get(key)
         _expect(path, key, names, _are_names(names), "a list of different names")
+    check_specs(path, attributes)
 
 # %% ../../nbs/28_arrays.ipynb #98a651a3
 def check_layout(path: str | Path, name: str, column: Any) -> None:
@@ -754,6 +770,77 @@ def task_widths(arrays: "StoreArrays | JoinedArrays", key: str) -> dict[str, int
     return {task: noted.get(task, width) for task in attributes["tasks"]}
 
 
+def default_spec(task: str, action_dim: int, image: tuple[int, int] | None = None) -> TaskSpec:
+    "The spec of a task of which a store notes none: what a provider knows, if the width is the same."
+    known = known_spec(task)
+    spec = known if known and known.action_dim == action_dim else TaskSpec(action_dim)
+    return replace(spec, image=image or spec.image)
+
+
+def task_spec(arrays: "StoreArrays | JoinedArrays", task: str) -> TaskSpec:
+    "What a store says of one of its tasks; `default_spec` where it says nothing."
+    noted = arrays.attributes.get("specs", {}).get(task)
+    width = task_widths(arrays, "action_dims")[task]
+    image = arrays.empty("frames").shape[1:3] if arrays.observation == "frames" else None
+    if noted is None:
+        return default_spec(task, width, image)
+    spec = from_dict(TaskSpec, noted)
+    return replace(spec, action_dim=width, image=image or spec.image)
+
+
+def note_spec(arrays: StoreArrays, task: str, spec: TaskSpec) -> None:
+    """Note what a model needs to know of a task, which need not have episodes yet.
+
+    `UserError` if the store is open for reading, or if an action is wider than its rows.
+    """
+    check_writable(arrays)
+    width = arrays.empty("actions").shape[1]
+    if spec.action_dim > width:
+        raise UserError(f"{arrays.path}: an action of {task} has {spec.action_dim} numbers, the rows have "
+                        f"{width}; make the store wide enough for all of its tasks")
+    known = arrays.attributes
+    tasks = list(dict.fromkeys([*known["tasks"], task]))
+    changed = {"tasks": tasks, "seal": None,
+               "action_dims": known.get("action_dims", {}) | {task: spec.action_dim},
+               "specs": known.get("specs", {}) | {task: to_dict(spec)}}
+    with write_errors(arrays.path):
+        arrays.group.attrs.update(changed)
+
+# %% ../../nbs/28_arrays.ipynb #f31ec051
+# Fields of a spec in which all stores of a task must agree.
+_OF_ACTIONS = ("kind", "choices", "low", "high")
+
+
+def _agreed_spec(task: str, noted: list[tuple[str | Path, dict]]) -> dict:
+    """One spec of a task out of those of several stores; what one does not say, another may.
+
+    noted: path and spec of each store that notes one.
+    `UserError` if two of them mean other things by an action, or differ in their frame rates.
+    """
+    agreed: dict = {}
+    default = to_dict(TaskSpec())
+    for path, spec in noted:
+        for key, value in spec.items():
+            says = value != default[key] or key in _OF_ACTIONS and spec["action_dim"] > 0
+            if not says:
+                continue
+            first, there = agreed.setdefault(key, (path, value))
+            if there != value and key in (*_OF_ACTIONS, "frame_rate"):
+                raise UserError(f"{task} has {key} {value} in {path} and {there} in {first}; stores of one "
+                                "task must agree: give one of them another task name")
+    return {key: value for key, (_, value) in agreed.items()}
+
+
+def _joined_specs(parts: list[StoreArrays], widths: dict[str, int]) -> dict[str, dict]:
+    "The specs that several stores note, by task."
+    noted: dict[str, list] = {}
+    for part in parts:
+        for task, spec in part.attributes.get("specs", {}).items():
+            whole = to_dict(from_dict(TaskSpec, spec))
+            noted.setdefault(task, []).append((part.path, whole))
+    return {task: _agreed_spec(task, own) | {"action_dim": widths[task]} for task, own in noted.items()}
+
+
 def _widest(parts: list[StoreArrays], key: str) -> dict[str, int]:
     "The largest width of each task in any of the stores."
     widest = {}
@@ -769,9 +856,10 @@ def _union(parts: list[StoreArrays], key: str) -> list[str]:
 
 
 def _joined_attributes(parts: list[StoreArrays]) -> dict:
-    "The attributes of several stores together: tasks, qualities and widths."
-    attributes = {key: _union(parts, key) for key in ("tasks", "qualities")}
-    return attributes | {key: _widest(parts, key) for key in WIDTHS}
+    "The attributes of several stores together: tasks, qualities, widths and specs."
+    attributes: dict = {key: _union(parts, key) for key in ("tasks", "qualities")}
+    attributes |= {key: _widest(parts, key) for key in WIDTHS}
+    return attributes | {"specs": _joined_specs(parts, attributes["action_dims"])}
 
 
 def _renumbering(parts: list[StoreArrays], key: str, names: list[str]) -> list[np.ndarray]:

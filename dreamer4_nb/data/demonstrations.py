@@ -22,7 +22,7 @@ from .arrays import VERSION, atomic_store, exists, is_url, resumable_store
 from .envs import IMAGE, make_env, object_pixels, render_states
 from .planner import Planner, check_quality, collect_episodes, save_demonstrations
 from .stores import QUALITIES, Episode, EpisodeStore
-from .tasks import TASKS, solved, task_info
+from .tasks import TASKS, TaskSpec, solved, task_info
 
 # %% ../../nbs/33_demonstrations.ipynb #c7a1f3d2
 # Columns of a file of demonstrations, and the allowed kinds of their dtypes.
@@ -216,10 +216,11 @@ def _solved_at_the_end(hit: np.ndarray) -> bool:
     return hit[-quarter:].all()
 
 
-def _summarize(task: str, rewards: list[np.ndarray],
+def _summarize(task: str | TaskSpec, rewards: list[np.ndarray],
                pixels: list[np.ndarray] | None) -> dict[str, float | None]:
     """How well episodes do.
 
+    task: its spec, or a name that a provider knows.
     rewards: (t,) of each episode.
     pixels: (t, 2) of each episode, where the object was; None: unknown.
     """
@@ -289,13 +290,14 @@ def demonstrations_report(source: EpisodeStore | str, progress: bool = True) -> 
     except UserError:  # an unknown task, states of another width, or no way to draw
         pixels = None
 
+    spec = task if isinstance(source, str) else source.spec(task)
     report = {}
     for quality in [*QUALITIES, "all"]:
         chosen = np.flatnonzero((columns["quality"] == quality) | (quality == "all"))
         if not len(chosen):
             continue
         own_pixels = None if pixels is None else [pixels[i] for i in chosen]
-        report[quality] = _summarize(task, [rewards[i] for i in chosen], own_pixels)
+        report[quality] = _summarize(spec, [rewards[i] for i in chosen], own_pixels)
         report[quality]["share"] = len(chosen) / len(lengths)
     if progress:
         _print_report(report)

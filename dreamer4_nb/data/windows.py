@@ -209,7 +209,7 @@ def active_windows(store: EpisodeStore, index: WindowIndex) -> np.ndarray:
     active = np.ones(len(rewards), bool)
     for task in np.unique(window_tasks):
         own = window_tasks == task
-        active[own] = ~solved(store.tasks[task], rewards[own])
+        active[own] = ~solved(store.spec(store.tasks[task]), rewards[own])
     return active
 
 

@@ -211,7 +211,7 @@ def pick_windows(latents: EpisodeStore, prefix: int, length: int, windows: int, 
     seed: of the random choice.
     """
     index = Windows(latents, length, 1)
-    task = index.tasks[int(index.store.task_ids[0])]
+    task = index.store.spec(index.tasks[int(index.store.task_ids[0])])
     rewards = index.store.arrays.column("rewards")
     first_frames = index.starts[:, None] + np.arange(prefix)
     unsolved = ~solved(task, rewards[first_frames]).any(1)
