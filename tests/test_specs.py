@@ -1,16 +1,24 @@
 """A store says what a model needs to know of its tasks; what it does not say has its default."""
+import ast
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from dreamer4_nb.core import UserError
-from dreamer4_nb.data.arrays import open_group
+from dreamer4_nb.data.arrays import open_group, stored_specs
+from dreamer4_nb.data.demonstrations import data_specs
 from dreamer4_nb.data.envs import load_task
 from dreamer4_nb.data.latents import encode_latents
 from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.data.tasks import PROVIDERS, TASKS, TaskSpec, built_in_spec, known_spec, solved
 from dreamer4_nb.inputs import from_dict, to_dict
+from dreamer4_nb.runs.presets import MICRO, resolve
+
+ROOT = Path(__file__).parent.parent
 
 ARM = TaskSpec(2, low=(-0.5, 0.0), high=(0.5, 2.0), frame_rate=20, solved_at=0.5, description="stack the cups", source="arms.hdf5")
 KEYS = TaskSpec(5, kind="discrete", choices=(3, 2), frame_rate=60, scored=False)
@@ -67,7 +75,6 @@ def test_a_spec_wider_than_the_rows_is_refused_and_changes_nothing(tmp_path):
 
 
 def test_latents_inherit_the_specs(tmp_path):
-    import torch
     frames = make_store(tmp_path / "two.zarr", {"arm": ARM, "keys": KEYS})
     latents = encode_latents(frames, lambda x: torch.zeros(*x.shape[:2], 2, 3), tmp_path / "latents.zarr", progress=False)
     assert latents.spec("arm") == ARM and latents.spec("keys") == KEYS
@@ -130,3 +137,42 @@ def test_a_provider_may_be_added(monkeypatch):
         assert known_spec("mine") == ARM and known_spec("spare").action_dim == 2 and known_spec("neither") is None
     finally:
         PROVIDERS.pop()
+
+
+def test_a_run_asks_its_data_what_the_tasks_need(tmp_path):
+    make_store(tmp_path / "a.zarr", {"arm": ARM})
+    make_store(tmp_path / "b.zarr", {"keys": KEYS, "film": TaskSpec()})
+    preset = resolve(replace(MICRO, tasks=(), data=str(tmp_path / "*.zarr")))
+    assert preset.tasks == ("arm", "keys", "film") and preset.agent.model.action_dims == (2, 5, 1)
+    assert (preset.dynamics.model.action_dim, preset.tokenizer.model.n_backgrounds) == (5, 3)
+    assert resolve(replace(MICRO, tasks=("keys",), data=str(tmp_path / "b.zarr"))).dynamics.model.action_dim == 5
+    with pytest.raises(UserError, match="holds arm, not pull; give --tasks so"):
+        resolve(replace(MICRO, tasks=("pull",), data=str(tmp_path / "a.zarr")))
+    with pytest.raises(UserError, match="no store at .*gone.zarr, and nothing else is known of pull"):
+        resolve(replace(MICRO, tasks=("pull",), data=str(tmp_path / "gone.zarr")))
+
+
+def test_latents_answer_where_the_data_are_gone(tmp_path):
+    frames = make_store(tmp_path / "a.zarr", {"arm": ARM})
+    encode_latents(frames, lambda x: torch.zeros(*x.shape[:2], 2, 3), tmp_path / "latents.zarr", progress=False)
+    assert data_specs(tmp_path / "gone.zarr", (), [tmp_path / "latents.zarr"]) == {"arm": ARM}
+
+
+def test_specs_are_read_without_rows(tmp_path):
+    paths = [tmp_path / name for name in ("a.zarr", "b.zarr")]
+    for path, task in zip(paths, ("arm", "keys")):
+        make_store(path, {task: {"arm": ARM, "keys": KEYS}[task]})
+    joined = EpisodeStore.open(paths)
+    for chunk in tmp_path.glob("*.zarr/frames/c"):
+        shutil.rmtree(chunk)
+    assert stored_specs(paths) == {task: joined.spec(task) for task in joined.tasks}
+    with pytest.raises(UserError, match="truncated"):
+        EpisodeStore.open(paths)
+
+
+def test_no_room_above_the_data_asks_the_table_of_built_in_tasks():
+    "`training` and `runs` learn widths, rates and thresholds from the data."
+    for room in ("training", "runs"):
+        for path in (ROOT / "dreamer4_nb" / room).glob("*.py"):
+            names = {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
+            assert not names & {"TASKS", "task_info", "built_in_spec"}, path

@@ -8,8 +8,9 @@ __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WI
            'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
            'check_seal', 'check_specs', 'check_attributes', 'check_layout', 'check_widths', 'check_values',
            'open_columns', 'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable',
-           'check_appendable', 'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_arrays',
-           'task_widths', 'default_spec', 'task_spec', 'note_spec', 'JoinedArrays']
+           'check_appendable', 'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_errors',
+           'open_arrays', 'task_widths', 'default_spec', 'task_spec', 'note_spec', 'StoreHeader', 'read_header',
+           'stored_specs', 'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -28,7 +29,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -701,6 +702,25 @@ def create_store(path: str | Path, *layout: Any) -> StoreArrays:
     return _opened(path, "a")
 
 # %% ../../nbs/28_arrays.ipynb #86f5a77c
+@contextmanager
+def open_errors(path: str | Path) -> Iterator[None]:
+    "Inside the block, a store is opened: whatever goes wrong becomes a `UserError`."
+    files, inside = filesystem(path)
+    if not exists(path):
+        raise UserError(f"no store at {path}; "
+                        "make one with `dreamer4 collect`, `dreamer4 import` or EpisodeStore.create")
+    try:
+        if not files.exists(f"{inside}/zarr.json"):
+            raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # errors of zarr, its codecs, fsspec or JSON after damage
+        raise UserError(f"{path} cannot be opened as a store ({one_line(error)}); "
+                        "check the address and your access, or, if it is damaged or something else, "
+                        "make the store again") from error
+
+
 def open_arrays(path: str | Path, mode: str) -> StoreArrays:
     """The arrays of an existing store.
 
@@ -709,20 +729,8 @@ def open_arrays(path: str | Path, mode: str) -> StoreArrays:
     unfinished or empty.
     """
     path = store_path(path)
-    files, inside = filesystem(path)
-    if not exists(path):
-        raise UserError(f"no store at {path}; "
-                        "make one with `dreamer4 collect` or EpisodeStore.create")
-    try:
-        if not files.exists(f"{inside}/zarr.json"):
-            raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
+    with open_errors(path):
         arrays = _opened(path, mode)
-    except UserError:
-        raise
-    except Exception as error:  # errors of zarr, its codecs, fsspec or JSON after damage
-        raise UserError(f"{path} cannot be opened as a store ({one_line(error)}); "
-                        "check the address and your access, or, if it is damaged or something else, "
-                        "make the store again") from error
     if mode == "a":
         return arrays
     if not arrays.attributes["complete"]:
@@ -865,6 +873,50 @@ def _joined_attributes(parts: list[StoreArrays]) -> dict:
 def _renumbering(parts: list[StoreArrays], key: str, names: list[str]) -> list[np.ndarray]:
     "For each store, the position in `names` of each name in its attribute `key`."
     return [np.array([names.index(name) for name in part.attributes[key]], np.int32) for part in parts]
+
+# %% ../../nbs/28_arrays.ipynb #ae7c0420
+@dataclass
+class StoreHeader:
+    "What a store says of itself, finished or not; no row of it is read."
+    path: str | Path
+    attributes: dict
+    columns: dict[str, zarr.Array]
+
+    @property
+    def observation(self) -> str:
+        name: str = self.attributes["observation"]
+        return name
+
+    def empty(self, name: str) -> np.ndarray:
+        "An empty column (0, ...) with its width and dtype."
+        column = self.columns[name]
+        return np.empty((0, *column.shape[1:]), column.dtype)
+
+
+def read_header(path: str | Path) -> StoreHeader:
+    "The header of a store. `UserError` if there is none, or if it is damaged."
+    with open_errors(path):
+        group = open_group(path, "r")
+        return StoreHeader(path, group.attrs.asdict(), open_columns(path, group))
+
+
+def stored_specs(paths: Sequence[str | Path]) -> dict[str, TaskSpec]:
+    """The spec of each task of some stores, in the order of the tasks' numbers in their `join`.
+
+    `UserError` for no store, a damaged one, and stores that mean other things by an action.
+    """
+    headers = [read_header(path) for path in paths]
+    if len(headers) == 1:
+        return {task: task_spec(headers[0], task) for task in headers[0].attributes["tasks"]}
+    joined = _joined_attributes(headers)
+    specs = {}
+    for task in joined["tasks"]:
+        own = next(header for header in headers if task in header.attributes["tasks"])
+        noted = joined["specs"].get(task)
+        width = joined["action_dims"][task]
+        spec = task_spec(own, task) if noted is None else from_dict(TaskSpec, noted)
+        specs[task] = replace(spec, action_dim=width)
+    return specs
 
 # %% ../../nbs/28_arrays.ipynb #1bacd5ec
 class JoinedArrays:

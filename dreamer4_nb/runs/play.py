@@ -27,9 +27,8 @@ from ..inputs import COUNT, SEED, Range, local_path
 from ..data.arrays import atomic_store
 from ..data.demonstrations import read_demonstrations
 from ..data.envs import check_actions, make_env
-from ..data.planner import Planner
+from ..data.planner import Planner, can_plan
 from ..data.stores import Episode, EpisodeStore, pick_held_out
-from ..data.tasks import task_info
 from ..evaluation.dream_env import DreamFilm
 from ..evaluation.pictures import save_video
 from ..method.agent import AgentHeads
@@ -81,7 +80,7 @@ class Game:
     @property
     def actors(self) -> list[str]:
         "Who may choose the actions."
-        planner = ["planner"] if task_info(self.task).score else []
+        planner = ["planner"] if can_plan(self.task) else []
         return ["you", *self.heads, *planner]
 
 # %% ../../nbs/55_play.ipynb #cde2f4ec
