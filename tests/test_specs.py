@@ -176,3 +176,9 @@ def test_no_room_above_the_data_asks_the_table_of_built_in_tasks():
         for path in (ROOT / "dreamer4_nb" / room).glob("*.py"):
             names = {node.id for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Name)}
             assert not names & {"TASKS", "task_info", "built_in_spec"}, path
+
+
+def test_data_that_do_not_fit_the_environment_of_their_name_are_refused_at_the_door(tmp_path):
+    make_store(tmp_path / "a.zarr", {"reacher-easy": TaskSpec(3)})
+    with pytest.raises(UserError, match="actions of 3 numbers in the data, and of 2 where"):
+        resolve(replace(MICRO, tasks=(), data=str(tmp_path / "a.zarr")))

@@ -23,7 +23,7 @@ from .arrays import VERSION, atomic_store, exists, is_url, resumable_store, stor
 from .envs import IMAGE, make_env, object_pixels, render_states
 from .planner import Planner, check_quality, collect_episodes, save_demonstrations
 from .stores import QUALITIES, Episode, EpisodeStore, matching_stores
-from .tasks import TASKS, TaskSpec, known_spec, solved, task_info
+from .tasks import TASKS, TaskSpec, check_spec, known_spec, solved, task_info
 
 # %% ../../nbs/33_demonstrations.ipynb #c7a1f3d2
 # Columns of a file of demonstrations, and the allowed kinds of their dtypes.
@@ -220,7 +220,10 @@ def _asked_specs(place: str | Path, specs: dict[str, TaskSpec], tasks: Sequence[
     if set(tasks) - set(specs):
         raise UserError(f"{place} holds {' '.join(specs)}, not {' '.join(tasks)}; "
                         "give --tasks so (without names: all of them), or other --data")
-    return {task: specs[task] for task in tasks or specs}
+    asked = {task: specs[task] for task in tasks or specs}
+    for task, spec in asked.items():
+        check_spec(task, spec)
+    return asked
 
 
 def data_specs(data: str | Path, tasks: Sequence[str] = (),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TASKS', 'Provider', 'PROVIDERS', 'TaskSpec', 'ball_to_target', 'in_cup', 'TaskInfo', 'task_info', 'built_in_spec',
-           'known_spec', 'solved']
+           'known_spec', 'check_spec', 'solved']
 
 # %% ../../nbs/25_tasks.ipynb #5b4db2f2
 from collections.abc import Callable
@@ -186,6 +186,14 @@ def known_spec(task: str) -> TaskSpec | None:
     "What the first provider that knows a task says of it; None if none does."
     answers = (provider(task) for provider in PROVIDERS)
     return next((spec for spec in answers if spec is not None), None)
+
+
+def check_spec(task: str, spec: TaskSpec) -> None:
+    "`UserError` if a provider knows a task of this name with actions of another width."
+    known = known_spec(task)
+    if known and spec.action_dim not in (0, known.action_dim):
+        raise UserError(f"{task} has actions of {spec.action_dim} numbers in the data, and of "
+                        f"{known.action_dim} where it is acted; give the data's task another name")
 
 # %% ../../nbs/25_tasks.ipynb #fd506e2d
 def solved(task: str | TaskSpec, rewards: np.ndarray) -> np.ndarray:

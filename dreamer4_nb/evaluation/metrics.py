@@ -286,7 +286,8 @@ def _dream(
     generator = RowGenerators.seeded(seed, range(len(actions)))
     agent = torch.zeros(len(actions), config.n_agent, config.transformer.width, device=device)
     with autocast(device, inference_dtype(device)):
-        return rollout(world, data.latents, actions, prefix, generator, agent, data.action_known, budget)
+        return rollout(world, data.latents, actions, prefix, generator, agent, data.action_known, budget,
+                       data.live)
 
 # %% ../../nbs/40_metrics.ipynb #b71caa92
 def _shuffle_ratio(

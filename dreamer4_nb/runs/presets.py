@@ -180,7 +180,7 @@ def resolve(preset: Preset, instead: tuple[Path, ...] = ()) -> Preset:
 
     tokenizer = override(preset.tokenizer.model, n_backgrounds=len(tasks))
     dynamics = override(preset.dynamics.model, n_latents=tokenizer.n_latents, d_latent=tokenizer.d_latent,
-                        action_dim=action_dim, n_agent=0)
+                        action_dim=action_dim, mixed_widths=bool(action_dims), n_agent=0)
     agent = override(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim,
                      tasks=tasks, action_dims=action_dims)
     return replace(
