@@ -505,6 +505,8 @@ class Batch:
     relevant: Tensor              # (b,) bool; rows whose behavior is worth cloning
     states: Tensor | None = None  # (b, t, S) simulator states, for measuring only
     valid: Tensor | None = None   # (b, t) bool; false on padding, which no loss counts; None: all count
+    # (b, A) bool; false in the action dimensions that a row's task lacks; None: all tasks have all of them
+    live: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.actions)

@@ -221,7 +221,7 @@ UNFIT = [
     ({}, ["--evaluation.dreams", "0"], "dreams is 0", "from 1"),
     ({}, ["--evaluation.readouts"], "readouts", "one or more"),
     ({}, ["--evaluation.first-seed", "4294967295"], "last seed", "4294967295"),
-    ({}, ["--tasks"], "tasks", "one or more"),
+    ({}, ["--tasks", "ball_in_cup-catch", "ball_in_cup-catch"], "tasks", "each once"),
     ({}, ["--dynamics.model.pack", "3"], "pack", ""),
 ]
 

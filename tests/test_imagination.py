@@ -293,7 +293,7 @@ place = lambda s: F.one_hot(s, N).float()[:, None]
 
 class Chain(nn.Module):
     "Both ends pay: from place 1 the best is the near end, from all others the far one. One step in ten slips."
-    def start(self, b, source, agent): return SimpleNamespace(source=source, h=None)
+    def start(self, b, source, agent, live=None): return SimpleNamespace(source=source, h=None)
     def observe(self, dream, latents, actions, known): dream.h = place(latents[:, -1, 0, 0].long())
     def imagine(self, dream, action):
         s, slips = dream.h[:, 0].argmax(-1), torch.rand(len(action), generator=dream.source) < SLIP

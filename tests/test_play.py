@@ -112,7 +112,7 @@ def test_the_first_of_many_futures_is_the_dream_that_its_noise_makes(game, playe
     ask(player, do="set", futures=4, steps=2)
     ask(player, do="reset", **{"from": "demonstration", "episode": EPISODE})
     pair = player.pair
-    frames, led_to, known = true_context(pair.truth)
+    frames, led_to, known, _ = true_context(pair.truth)
     latents = encode_stream(game.world.tokenizer, frames)
 
     def alone(row):

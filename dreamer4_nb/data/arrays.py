@@ -6,10 +6,11 @@
 __all__ = ['VERSION', 'ROWS', 'PER_ROW', 'PER_EPISODE', 'NO_SPACE', 'KINDS', 'WIDTHS', 'LIMITS', 'LARGEST', 'LOCK', 'is_url',
            'one_line', 'store_path', 'filesystem', 'exists', 'remove_store', 'open_group', 'create_arrays',
            'write_errors', 'atomic_store', 'lock_file', 'free_lock', 'resumable_store', 'check_chunks', 'make_seal',
-           'check_seal', 'check_attributes', 'check_layout', 'check_widths', 'check_values', 'open_columns',
-           'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable', 'check_appendable',
-           'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_arrays', 'task_widths',
-           'JoinedArrays']
+           'check_seal', 'check_specs', 'check_attributes', 'check_layout', 'check_widths', 'check_values',
+           'open_columns', 'finished_lengths', 'StoreArrays', 'read_rows', 'read_once', 'check_writable',
+           'check_appendable', 'append_rows', 'stored_columns', 'finish_store', 'create_store', 'open_errors',
+           'open_arrays', 'task_widths', 'default_spec', 'task_spec', 'note_spec', 'StoreHeader', 'read_header',
+           'stored_specs', 'JoinedArrays']
 
 # %% ../../nbs/28_arrays.ipynb #378e361c
 import errno
@@ -28,6 +29,7 @@ import uuid
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ import zarr
 from filelock import FileLock, Timeout
 
 from ..core import UserError, is_alive
-from ..inputs import local_path
+from ..inputs import from_dict, local_path, to_dict
+from .tasks import TaskSpec, known_spec
 
 # %% ../../nbs/28_arrays.ipynb #98e87db5
 VERSION = 2  # of the layout; version 1 has no seeds, and is only read
@@ -390,6 +393,19 @@ def _are_names(value: Any) -> bool:
     return len(set(value)) == len(value) > 0
 
 
+def check_specs(path: str | Path, attributes: dict) -> None:
+    "`UserError` if the specs that a store notes are not those of some of its tasks."
+    specs = attributes.get("specs", {})
+    fits = isinstance(specs, dict) and set(specs) <= set(attributes["tasks"])
+    _expect(path, "specs", specs, fits, "a spec for some of its tasks")
+    for task, spec in specs.items():
+        try:
+            from_dict(TaskSpec, spec)
+        except UserError as error:
+            raise UserError(f"{path}: its spec of {task!r} does not fit ({error}); "
+                            "the store is damaged or of another version, make it again") from None
+
+
 def check_attributes(path: str | Path, attributes: dict) -> None:
     "`UserError` if the attributes of a store are incomplete, of wrong types, or of another version."
     if attributes.get("format") != "dreamer4_nb":
@@ -405,6 +421,7 @@ def check_attributes(path: str | Path, attributes: dict) -> None:
     for key in ("tasks", "qualities"):
         names = attributes.get(key)
         _expect(path, key, names, _are_names(names), "a list of different names")
+    check_specs(path, attributes)
 
 # %% ../../nbs/28_arrays.ipynb #98a651a3
 def check_layout(path: str | Path, name: str, column: Any) -> None:
@@ -685,6 +702,25 @@ def create_store(path: str | Path, *layout: Any) -> StoreArrays:
     return _opened(path, "a")
 
 # %% ../../nbs/28_arrays.ipynb #86f5a77c
+@contextmanager
+def open_errors(path: str | Path) -> Iterator[None]:
+    "Inside the block, a store is opened: whatever goes wrong becomes a `UserError`."
+    files, inside = filesystem(path)
+    if not exists(path):
+        raise UserError(f"no store at {path}; "
+                        "make one with `dreamer4 collect`, `dreamer4 import` or EpisodeStore.create")
+    try:
+        if not files.exists(f"{inside}/zarr.json"):
+            raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # errors of zarr, its codecs, fsspec or JSON after damage
+        raise UserError(f"{path} cannot be opened as a store ({one_line(error)}); "
+                        "check the address and your access, or, if it is damaged or something else, "
+                        "make the store again") from error
+
+
 def open_arrays(path: str | Path, mode: str) -> StoreArrays:
     """The arrays of an existing store.
 
@@ -693,20 +729,8 @@ def open_arrays(path: str | Path, mode: str) -> StoreArrays:
     unfinished or empty.
     """
     path = store_path(path)
-    files, inside = filesystem(path)
-    if not exists(path):
-        raise UserError(f"no store at {path}; "
-                        "make one with `dreamer4 collect` or EpisodeStore.create")
-    try:
-        if not files.exists(f"{inside}/zarr.json"):
-            raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")
+    with open_errors(path):
         arrays = _opened(path, mode)
-    except UserError:
-        raise
-    except Exception as error:  # errors of zarr, its codecs, fsspec or JSON after damage
-        raise UserError(f"{path} cannot be opened as a store ({one_line(error)}); "
-                        "check the address and your access, or, if it is damaged or something else, "
-                        "make the store again") from error
     if mode == "a":
         return arrays
     if not arrays.attributes["complete"]:
@@ -754,6 +778,77 @@ def task_widths(arrays: "StoreArrays | JoinedArrays", key: str) -> dict[str, int
     return {task: noted.get(task, width) for task in attributes["tasks"]}
 
 
+def default_spec(task: str, action_dim: int, image: tuple[int, int] | None = None) -> TaskSpec:
+    "The spec of a task of which a store notes none: what a provider knows, if the width is the same."
+    known = known_spec(task)
+    spec = known if known and known.action_dim == action_dim else TaskSpec(action_dim)
+    return replace(spec, image=image or spec.image)
+
+
+def task_spec(arrays: "StoreArrays | JoinedArrays", task: str) -> TaskSpec:
+    "What a store says of one of its tasks; `default_spec` where it says nothing."
+    noted = arrays.attributes.get("specs", {}).get(task)
+    width = task_widths(arrays, "action_dims")[task]
+    image = arrays.empty("frames").shape[1:3] if arrays.observation == "frames" else None
+    if noted is None:
+        return default_spec(task, width, image)
+    spec = from_dict(TaskSpec, noted)
+    return replace(spec, action_dim=width, image=image or spec.image)
+
+
+def note_spec(arrays: StoreArrays, task: str, spec: TaskSpec) -> None:
+    """Note what a model needs to know of a task, which need not have episodes yet.
+
+    `UserError` if the store is open for reading, or if an action is wider than its rows.
+    """
+    check_writable(arrays)
+    width = arrays.empty("actions").shape[1]
+    if spec.action_dim > width:
+        raise UserError(f"{arrays.path}: an action of {task} has {spec.action_dim} numbers, the rows have "
+                        f"{width}; make the store wide enough for all of its tasks")
+    known = arrays.attributes
+    tasks = list(dict.fromkeys([*known["tasks"], task]))
+    changed = {"tasks": tasks, "seal": None,
+               "action_dims": known.get("action_dims", {}) | {task: spec.action_dim},
+               "specs": known.get("specs", {}) | {task: to_dict(spec)}}
+    with write_errors(arrays.path):
+        arrays.group.attrs.update(changed)
+
+# %% ../../nbs/28_arrays.ipynb #f31ec051
+# Fields of a spec in which all stores of a task must agree.
+_OF_ACTIONS = ("kind", "choices", "low", "high")
+
+
+def _agreed_spec(task: str, noted: list[tuple[str | Path, dict]]) -> dict:
+    """One spec of a task out of those of several stores; what one does not say, another may.
+
+    noted: path and spec of each store that notes one.
+    `UserError` if two of them mean other things by an action, or differ in their frame rates.
+    """
+    agreed: dict = {}
+    default = to_dict(TaskSpec())
+    for path, spec in noted:
+        for key, value in spec.items():
+            says = value != default[key] or key in _OF_ACTIONS and spec["action_dim"] > 0
+            if not says:
+                continue
+            first, there = agreed.setdefault(key, (path, value))
+            if there != value and key in (*_OF_ACTIONS, "frame_rate"):
+                raise UserError(f"{task} has {key} {value} in {path} and {there} in {first}; stores of one "
+                                "task must agree: give one of them another task name")
+    return {key: value for key, (_, value) in agreed.items()}
+
+
+def _joined_specs(parts: list[StoreArrays], widths: dict[str, int]) -> dict[str, dict]:
+    "The specs that several stores note, by task."
+    noted: dict[str, list] = {}
+    for part in parts:
+        for task, spec in part.attributes.get("specs", {}).items():
+            whole = to_dict(from_dict(TaskSpec, spec))
+            noted.setdefault(task, []).append((part.path, whole))
+    return {task: _agreed_spec(task, own) | {"action_dim": widths[task]} for task, own in noted.items()}
+
+
 def _widest(parts: list[StoreArrays], key: str) -> dict[str, int]:
     "The largest width of each task in any of the stores."
     widest = {}
@@ -769,14 +864,59 @@ def _union(parts: list[StoreArrays], key: str) -> list[str]:
 
 
 def _joined_attributes(parts: list[StoreArrays]) -> dict:
-    "The attributes of several stores together: tasks, qualities and widths."
-    attributes = {key: _union(parts, key) for key in ("tasks", "qualities")}
-    return attributes | {key: _widest(parts, key) for key in WIDTHS}
+    "The attributes of several stores together: tasks, qualities, widths and specs."
+    attributes: dict = {key: _union(parts, key) for key in ("tasks", "qualities")}
+    attributes |= {key: _widest(parts, key) for key in WIDTHS}
+    return attributes | {"specs": _joined_specs(parts, attributes["action_dims"])}
 
 
 def _renumbering(parts: list[StoreArrays], key: str, names: list[str]) -> list[np.ndarray]:
     "For each store, the position in `names` of each name in its attribute `key`."
     return [np.array([names.index(name) for name in part.attributes[key]], np.int32) for part in parts]
+
+# %% ../../nbs/28_arrays.ipynb #ae7c0420
+@dataclass
+class StoreHeader:
+    "What a store says of itself, finished or not; no row of it is read."
+    path: str | Path
+    attributes: dict
+    columns: dict[str, zarr.Array]
+
+    @property
+    def observation(self) -> str:
+        name: str = self.attributes["observation"]
+        return name
+
+    def empty(self, name: str) -> np.ndarray:
+        "An empty column (0, ...) with its width and dtype."
+        column = self.columns[name]
+        return np.empty((0, *column.shape[1:]), column.dtype)
+
+
+def read_header(path: str | Path) -> StoreHeader:
+    "The header of a store. `UserError` if there is none, or if it is damaged."
+    with open_errors(path):
+        group = open_group(path, "r")
+        return StoreHeader(path, group.attrs.asdict(), open_columns(path, group))
+
+
+def stored_specs(paths: Sequence[str | Path]) -> dict[str, TaskSpec]:
+    """The spec of each task of some stores, in the order of the tasks' numbers in their `join`.
+
+    `UserError` for no store, a damaged one, and stores that mean other things by an action.
+    """
+    headers = [read_header(path) for path in paths]
+    if len(headers) == 1:
+        return {task: task_spec(headers[0], task) for task in headers[0].attributes["tasks"]}
+    joined = _joined_attributes(headers)
+    specs = {}
+    for task in joined["tasks"]:
+        own = next(header for header in headers if task in header.attributes["tasks"])
+        noted = joined["specs"].get(task)
+        width = joined["action_dims"][task]
+        spec = task_spec(own, task) if noted is None else from_dict(TaskSpec, noted)
+        specs[task] = replace(spec, action_dim=width)
+    return specs
 
 # %% ../../nbs/28_arrays.ipynb #1bacd5ec
 class JoinedArrays:

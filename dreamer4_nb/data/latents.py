@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import UserError
-from ..inputs import COUNT
+from ..inputs import COUNT, to_dict
 from .arrays import exists, remove_store, resumable_store
 from .stores import Episode, EpisodeStore
 
@@ -65,10 +65,11 @@ class Moments:
 
 # %% ../../nbs/30_latents.ipynb #eb446df8
 def _noted(store: EpisodeStore, attributes: dict) -> dict:
-    "The attributes of a store of latents: `attributes`, and the tasks, qualities and widths of `store`."
+    "The attributes of a store of latents: `attributes`, and what `store` says of its tasks and qualities."
     known = store.attributes
     inherited = {key: known[key] for key in ("tasks", "qualities", "state_dims") if key in known}
-    return inherited | {"action_dims": store.action_dims} | attributes
+    specs = {task: to_dict(store.spec(task)) for task in store.tasks}
+    return inherited | {"action_dims": store.action_dims, "specs": specs} | attributes
 
 
 def _encode_group(episodes: list[Episode], encode: Callable[[Tensor], Tensor]) -> Tensor:

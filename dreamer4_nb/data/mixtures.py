@@ -21,8 +21,22 @@ def _pad_last(x: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, size - x.shape[-1]))
 
 
+def _join_live(batches: list[Batch]) -> Tensor | None:
+    "`live` of several batches, false in what a batch is padded with; None if none has it or is padded."
+    size = max(batch.actions.shape[-1] for batch in batches)
+    if all(batch.live is None and batch.actions.shape[-1] == size for batch in batches):
+        return None
+    parts = []
+    for batch in batches:
+        own = torch.ones_like(batch.actions[:, 0], dtype=torch.bool) if batch.live is None else batch.live
+        parts.append(_pad_last(own, size))
+    return torch.cat(parts)
+
+
 def _join_field(name: str, batches: list[Batch]) -> Tensor | None:
     "One field of several batches, concatenated; None if a batch lacks it."
+    if name == "live":
+        return _join_live(batches)
     parts = [getattr(batch, name) for batch in batches]
     if name == "valid" and any(part is not None for part in parts):
         everything = [torch.ones_like(batch.action_known) for batch in batches]
@@ -40,9 +54,9 @@ def _join_field(name: str, batches: list[Batch]) -> Tensor | None:
 def concatenate(batches: list[Batch]) -> Batch:
     """The rows of several batches in one batch.
 
-    Actions are zero-padded to the widest. An optional field that one of the batches lacks is dropped, and so
-    are states of different widths, which belong to different tasks. If only some batches have `valid`, all
-    frames of the others are valid.
+    Actions are padded to the widest, and `live` says which numbers are padding. An optional field that one of
+    the batches lacks is dropped, and so are states of different widths, which belong to different tasks. If
+    only some batches have `valid`, all frames of the others are valid.
     """
     if len(batches) == 1:
         return batches[0]

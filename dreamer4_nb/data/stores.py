@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..core import UserError
-from ..inputs import COUNT, NATURAL, SEED, SHARE
+from ..inputs import COUNT, NATURAL, SEED, SHARE, to_dict
 from .arrays import (KINDS, PER_ROW, ROWS, JoinedArrays, StoreArrays, check_appendable,
-                                     check_seal, create_store, filesystem, is_url, one_line, open_arrays,
-                                     stored_columns, task_widths)
+                                     check_seal, create_store, default_spec, filesystem, is_url, note_spec,
+                                     one_line, open_arrays, stored_columns, task_spec, task_widths)
+from .tasks import TaskSpec
 
 # %% ../../nbs/29_stores.ipynb #cell-10
 QUALITIES = ("expert", "medium", "poor", "random", "unknown")
@@ -202,7 +203,10 @@ def new_arrays(path: str | Path, task: str, action_dim: int, frame_shape: tuple[
     `UserError` if `path` exists or cannot be written, and for an argument of a wrong kind.
     """
     _check_layout_arguments(task, action_dim, frame_shape, state_dim, observation, dtype)
-    names = {"tasks": [task], "qualities": list(QUALITIES), "action_dims": {task: int(action_dim)}}
+    image = tuple(map(int, frame_shape[:2])) if observation == "frames" else None
+    spec = default_spec(task, int(action_dim), image)
+    names = {"tasks": [task], "qualities": list(QUALITIES), "action_dims": {task: int(action_dim)},
+             "specs": {task: to_dict(spec)}}
     try:
         attributes = names | json.loads(json.dumps(attributes))
     except (TypeError, ValueError) as error:
@@ -434,6 +438,16 @@ class EpisodeStore:
     def action_dims(self) -> dict[str, int]:
         "For each task, how many of the `action_dim` numbers it uses; the rest are zero."
         return task_widths(self.arrays, "action_dims")
+
+    def spec(self, task: str) -> TaskSpec:
+        "What a model needs to know of one of the tasks. `UserError` for another."
+        if task not in self.tasks:
+            raise UserError(f"{self.path} holds no {task}; it holds {', '.join(self.tasks)}")
+        return task_spec(self.arrays, task)
+
+    def describe(self, task: str, spec: TaskSpec) -> None:
+        "Note what a model needs to know of a task, before or after its episodes; see `note_spec`."
+        note_spec(self.arrays, task, spec)
 
     @property
     def state_dim(self) -> int:

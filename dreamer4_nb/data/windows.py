@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LABELS', 'led_to', 'window_index', 'weighted_epoch', 'Sampler', 'even_chances', 'equal_shares', 'weighted_chances',
            'focus_chances', 'WindowIndex', 'index_windows', 'active_windows', 'window_chances', 'hold_observation',
-           'read_rows', 'WindowColumns', 'window_masks', 'read_batch', 'used_shares', 'shares_line', 'hidden_rows',
-           'check_labels', 'Windows']
+           'read_rows', 'live_dimensions', 'WindowColumns', 'window_masks', 'read_batch', 'used_shares', 'shares_line',
+           'hidden_rows', 'check_labels', 'Windows']
 
 # %% ../../nbs/31_windows.ipynb #daa6c835
 import reprlib
@@ -209,7 +209,7 @@ def active_windows(store: EpisodeStore, index: WindowIndex) -> np.ndarray:
     active = np.ones(len(rewards), bool)
     for task in np.unique(window_tasks):
         own = window_tasks == task
-        active[own] = ~solved(store.tasks[task], rewards[own])
+        active[own] = ~solved(store.spec(store.tasks[task]), rewards[own])
     return active
 
 
@@ -257,6 +257,15 @@ def read_rows(arrays: StoreArrays | JoinedArrays, name: str, starts: np.ndarray,
         return list(pool.map(arrays.read, [name] * len(starts), starts, starts + lengths))
 
 # %% ../../nbs/31_windows.ipynb #cded8024
+def live_dimensions(store: EpisodeStore) -> Tensor | None:
+    """Which action dimensions each task of a store has (tasks, A) bool; None if all have all of them.
+
+    A task without actions counts as one that has a single one, which is never known."""
+    widths = torch.tensor(list(store.action_dims.values())).clamp(min=1)
+    live = torch.arange(store.action_dim) < widths[:, None]
+    return None if live.all() else live
+
+
 class WindowColumns:
     """The columns of a store, window by window.
 
@@ -268,6 +277,7 @@ class WindowColumns:
         self.index = index
         self.readers = readers
         self.state_dim = store.state_dim
+        self.live = live_dimensions(store)
         self.held = hold_observation(store, memory)
 
     def read(self, name: str, numbers: np.ndarray) -> Tensor:
@@ -338,6 +348,7 @@ def read_batch(columns: WindowColumns, numbers: np.ndarray, hide: np.ndarray | N
     observation = columns.read(store.observation, numbers)
     is_frames = store.observation == "frames"
     states = columns.read("states", numbers)[..., :columns.state_dim] if columns.state_dim else None
+    task = torch.from_numpy(store.task_ids[episodes]).long()
     return Batch(frames=to_float(observation) if is_frames else None,
                  latents=None if is_frames else observation.float(),
                  actions=columns.read("actions", numbers) * known[..., None],
@@ -345,10 +356,11 @@ def read_batch(columns: WindowColumns, numbers: np.ndarray, hide: np.ndarray | N
                  intended=padded(LABELS[labels], 0),
                  rewards=padded("rewards", 0),
                  continues=padded("continues", 1),
-                 task=torch.from_numpy(store.task_ids[episodes]).long(),
+                 task=task,
                  relevant=labelled & relevant,
                  states=states,
-                 valid=valid)
+                 valid=valid,
+                 live=None if columns.live is None else columns.live[task])
 
 # %% ../../nbs/31_windows.ipynb #11a4ff69
 def used_shares(store: EpisodeStore, episode_index: np.ndarray) -> dict[str, float]:

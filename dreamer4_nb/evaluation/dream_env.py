@@ -62,6 +62,11 @@ def _agent_tokens(world: WorldModel, agent: Tensor | None, are_read: bool) -> Te
         return agent
     return torch.zeros(1, n_agent, world.dynamics.config.transformer.width, device=world.device)
 
+
+def _times(x: Tensor | None, n: int) -> Tensor | None:
+    "x (1, ...) as n rows, without a copy; None stays None."
+    return None if x is None else x.expand(n, *x.shape[1:])
+
 # %% ../../nbs/41_dream_env.ipynb #3f1ec80d
 class DreamFilm:
     """A dream that is drawn frame by frame; `frame` is the last one, (h, w, 3) uint8.
@@ -74,18 +79,18 @@ class DreamFilm:
     known: (1, t) whether each action is known; None: all but an episode's first.
     generator: of the noise; the number of its rows is that of the futures, a plain one dreams one.
     agent: agent tokens (1, n_agent, width), where the world has them.
+    live: (1, a) bool, the action dimensions that the task has; None: all.
     """
 
     def __init__(self, world: WorldModel, latents: Tensor, actions: Tensor, known: Tensor | None,
-                 generator: torch.Generator | RowGenerators, agent: Tensor | None = None) -> None:
+                 generator: torch.Generator | RowGenerators, agent: Tensor | None = None,
+                 live: Tensor | None = None) -> None:
         n = len(generator.generators) if isinstance(generator, RowGenerators) else 1
-        known = None if known is None else known.expand(n, -1)
         tokens = _agent_tokens(world, agent, are_read=False)
-        tokens = None if tokens is None else tokens.expand(n, -1, -1)
         self.world = world
-        self.dream = world.start(n, generator, tokens)
-        world.observe(self.dream, latents.expand(n, -1, -1, -1), actions.expand(n, -1, -1), known)
-        self.latents = latents[:, -1].expand(n, -1, -1)
+        self.dream = world.start(n, generator, _times(tokens, n), _times(live, n))
+        world.observe(self.dream, _times(latents, n), _times(actions, n), _times(known, n))
+        self.latents = _times(latents[:, -1], n)
         self.cache = empty_cache(world.tokenizer.decoder, 1)
         self._draw(latents)
 
@@ -160,7 +165,7 @@ class DreamEnv(gymnasium.Env):
         generator = torch.Generator().manual_seed(int(self.np_random.integers(2 ** 62)))
         context = self.windows.at(number).to(self.world.device)
         self.film = DreamFilm(self.world, context.latents, context.actions, context.action_known,
-                              generator, self.agent)
+                              generator, self.agent, context.live)
         self.t = 0
         episode = int(self.windows.episode_index[number])
         return self.film.frame, {"episode": episode, "start": int(self.windows.first_frame[number])}

@@ -211,7 +211,7 @@ def pick_windows(latents: EpisodeStore, prefix: int, length: int, windows: int, 
     seed: of the random choice.
     """
     index = Windows(latents, length, 1)
-    task = index.tasks[int(index.store.task_ids[0])]
+    task = index.store.spec(index.tasks[int(index.store.task_ids[0])])
     rewards = index.store.arrays.column("rewards")
     first_frames = index.starts[:, None] + np.arange(prefix)
     unsolved = ~solved(task, rewards[first_frames]).any(1)
@@ -286,7 +286,8 @@ def _dream(
     generator = RowGenerators.seeded(seed, range(len(actions)))
     agent = torch.zeros(len(actions), config.n_agent, config.transformer.width, device=device)
     with autocast(device, inference_dtype(device)):
-        return rollout(world, data.latents, actions, prefix, generator, agent, data.action_known, budget)
+        return rollout(world, data.latents, actions, prefix, generator, agent, data.action_known, budget,
+                       data.live)
 
 # %% ../../nbs/40_metrics.ipynb #b71caa92
 def _shuffle_ratio(

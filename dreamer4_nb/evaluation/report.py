@@ -19,6 +19,7 @@ from ..core import (RowGenerators, UserError, atomic_path, autocast, inference_d
                               step_generator, to_float, to_uint8)
 from ..inputs import read_json
 from ..data.stores import EpisodeStore
+from ..data.windows import live_dimensions
 from .closed_loop import closed_loop_table
 from .pictures import METRICS
 from ..method.agent import Policy
@@ -48,13 +49,13 @@ def beside_dream(
     led_to = torch.zeros(len(frames), policy.heads.config.action_dim, device=device)
     led_to[1:, :actions.shape[-1]] = torch.as_tensor(actions, dtype=torch.float32)
     known = torch.arange(len(frames), device=device) > 0
-    agent = None
-    if world.dynamics.config.n_agent:
-        agent = policy.heads.tokens(torch.tensor([policy.task], device=device))
+    task = torch.tensor([policy.task], device=device)
+    agent = policy.heads.tokens(task) if world.dynamics.config.n_agent else None
 
     latents = encode_stream(world.tokenizer, torch.as_tensor(frames)[None])
     with autocast(device, inference_dtype(device)):
-        dreamed = rollout(world, latents, led_to[None], prefix, step_generator(seed), agent, known[None])
+        dreamed = rollout(world, latents, led_to[None], prefix, step_generator(seed), agent, known[None],
+                          live=policy.heads.live(task))
     dream = to_uint8(decode_stream(world.tokenizer, dreamed)[0]).copy()
     dream[:prefix, -2:] = 255
     gap = np.full_like(frames[:, :, :2], 255)
@@ -109,11 +110,14 @@ def dreams(
     agent = None
     if config.n_agent:
         agent = torch.zeros(n, config.n_agent, config.transformer.width, device=device)
+    live = live_dimensions(store)
+    if live is not None:
+        live = live[torch.from_numpy(store.task_ids[numbers])].to(device)
 
     latents = encode_stream(world.tokenizer, frames)
     generator = RowGenerators.seeded(seed, range(n))
     with autocast(device, inference_dtype(device)):
-        dreamed = rollout(world, latents, actions, prefix, generator, agent, known)
+        dreamed = rollout(world, latents, actions, prefix, generator, agent, known, live=live)
     return torch.stack([to_float(frames), decode_stream(world.tokenizer, dreamed)])
 
 # %% ../../nbs/44_report.ipynb #840889f9

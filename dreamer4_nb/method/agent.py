@@ -359,7 +359,8 @@ def read_context(dynamics: Dynamics, heads: AgentHeads, batch: Batch, generator:
     z = noise_context(dynamics.normalize(cast(Tensor, batch.latents).float()), schedule, generator)
     i = torch.full(z.shape[:2], schedule.ctx_index, device=z.device)
     j = torch.full(z.shape[:2], schedule.ctx_j, device=z.device)
-    return cast(Tensor, dynamics(z, i, j, batch.actions, batch.action_known, heads.tokens(batch.task))[1])
+    return cast(Tensor, dynamics(z, i, j, batch.actions, batch.action_known, heads.tokens(batch.task),
+                                 live=heads.live(batch.task))[1])
 
 
 def read_agent(dynamics: Dynamics, heads: AgentHeads, batch: Batch,
@@ -466,7 +467,7 @@ class Policy:
         task = torch.full((n,), self.task, device=self.device)
         self.live = self.heads.live(task)
         with autocast(self.device, inference_dtype(self.device)):       # caches of the dtype in which it acts
-            self.dream = self.world.start(n, self.generator, self.heads.tokens(task).detach())
+            self.dream = self.world.start(n, self.generator, self.heads.tokens(task).detach(), self.live)
             self.cache = empty_cache(self.world.tokenizer.encoder, n)
         self.action = torch.zeros(n, self.heads.config.action_dim, device=self.device)
 

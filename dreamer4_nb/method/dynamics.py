@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['DynamicsConfig', 'dynamics_layout', 'FrameInputs', 'context_first', 'Dynamics', 'set_latent_statistics',
-           'checked_inputs', 'masks_of', 'embed_frames', 'draw_segments', 'video_loss', 'dynamics_loss']
+           'checked_inputs', 'masks_of', 'embed_actions', 'embed_frames', 'draw_segments', 'video_loss',
+           'dynamics_loss']
 
 # %% ../../nbs/08_dynamics.ipynb #571037f1
 from dataclasses import dataclass
@@ -30,7 +31,9 @@ class DynamicsConfig:
     n_latents: Count = 8
     d_latent: Count = 32
     pack: Count = 2                # latents to a token: n_latents/pack tokens of pack·d_latent channels
-    action_dim: Count = 2
+    action_dim: Count = 2          # of the widest task
+    # tasks differ in their action dimensions: one that a task lacks is told from one that is zero
+    mixed_widths: bool = False
     n_registers: Natural = 2
     n_agent: Natural = 0           # agent tokens (phases 2 and 3); nothing attends to them
     bootstrap_share: Share = 0.25  # rows of a batch that have a teacher and train the larger steps
@@ -80,6 +83,8 @@ class FrameInputs:
     j: Tensor               # (b, t), integer step index: d = 2**-j
     actions: Tensor         # (b, t, action_dim) in [-1, 1]; actions[t] led to frame t
     action_known: Tensor    # (b, t) bool; False for unlabeled video and for an episode's first frame
+    # (b, action_dim) bool; False in dimensions that a row's task lacks; needed with `mixed_widths`
+    live: Tensor | None = None
 
 
 def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> FrameInputs:
@@ -88,7 +93,7 @@ def context_first(frames: FrameInputs, context: Tensor, schedule: Schedule) -> F
     j = torch.full_like(frames.j, schedule.ctx_j)
     return FrameInputs(torch.cat([context, frames.z], 1), torch.cat([i, frames.i], 1),
                        torch.cat([j, frames.j], 1), frames.actions.repeat(1, 2, 1),
-                       frames.action_known.repeat(1, 2))
+                       frames.action_known.repeat(1, 2), frames.live)
 
 # %% ../../nbs/08_dynamics.ipynb #cell-14
 class Dynamics(nn.Module):
@@ -109,6 +114,8 @@ class Dynamics(nn.Module):
         self.embed_d = nn.Embedding(grid.n_d, width - width // 2)
         # its bias tells "no force" from "not known"
         self.embed_action = nn.Linear(config.action_dim, width)
+        if config.mixed_widths:     # of dimensions that a task lacks
+            self.embed_absent = nn.Linear(config.action_dim, width, bias=False)
         self.tokens = nn.Parameter(torch.randn(config.n_tokens + config.n_registers + 2, width) * width**-0.5)
         nn.init.normal_(self.to_latent.weight, std=0.02)
         nn.init.zeros_(self.to_latent.bias)
@@ -129,18 +136,18 @@ class Dynamics(nn.Module):
 
     def forward(self, z: Tensor, i: Tensor, j: Tensor, actions: Tensor, action_known: Tensor,
                 agent: Tensor | None = None, segments: Tensor | None = None, context: Tensor | None = None,
-                cache: KVCache | CacheSlot | None = None,
-                commit: bool = True) -> tuple[Tensor, Tensor | None]:
+                cache: KVCache | CacheSlot | None = None, commit: bool = True,
+                live: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Clean latents x_hat (b, t, n_tokens, d_token), and h (b, t, n_agent, width) or None.
 
-        z, i, j, actions, action_known: see `FrameInputs`
+        z, i, j, actions, action_known, live: see `FrameInputs`
         agent: (b, n_agent, width), needed when the config has agent tokens
         segments: (b, t), clip numbers; frames attend only within their own clip
         context: z's shape, the frames as `noise_context` puts them in a cache; each frame then sees the
             context's earlier frames instead of its own batch's, as in use, and h is read on the context's
             frames
         cache: of the frames before, which these join if `commit`; or the `next_slot` of a single frame"""
-        frames = checked_inputs(self, FrameInputs(z, i, j, actions, action_known), context)
+        frames = checked_inputs(self, FrameInputs(z, i, j, actions, action_known, live), context)
         t = z.shape[1]
         sees, positions = masks_of(self.config.transformer, t, segments, context)
         if context is not None:
@@ -163,12 +170,17 @@ def set_latent_statistics(dynamics: Dynamics, mean: Tensor, std: Tensor) -> None
 
 
 def checked_inputs(dynamics: Dynamics, frames: FrameInputs, context: Tensor | None) -> FrameInputs:
-    "The frames. UserError for wrong shapes."
+    "The frames. UserError for wrong shapes, and for no `live` where tasks differ in their action dimensions."
     c = dynamics.config
     b, t = frames.z.shape[:2]
     check_shape("z", frames.z, "b t n d", n=c.n_tokens, d=c.d_token)
     check_shape("actions", frames.actions, "b t a", b=b, t=t, a=c.action_dim)
     check_shape("action_known", frames.action_known, "b t", b=b, t=t)
+    if c.mixed_widths and frames.live is None:
+        raise UserError("the tasks of these dynamics have actions of different widths; pass live, "
+                        f"(b, {c.action_dim}) bool: which dimensions each row's task has")
+    if frames.live is not None:
+        check_shape("live", frames.live, "b a", b=b, a=c.action_dim)
     if context is not None:
         check_shape("context", context, "b t n d", b=b, t=t, n=c.n_tokens, d=c.d_token)
     return frames
@@ -183,6 +195,15 @@ def masks_of(config: TransformerConfig, t: int, segments: Tensor | None,
     alone = time_mask(t, 0, config.context, context.device) if sees is None else sees
     return beside_context(alone)
 
+# %% ../../nbs/08_dynamics.ipynb #106d747b
+def embed_actions(dynamics: Dynamics, frames: FrameInputs) -> Tensor:
+    "Embeddings (b, t, width) of the actions. What stands in a dimension that a task lacks has no effect."
+    action: Tensor = dynamics.embed_action(frames.actions)
+    if dynamics.config.mixed_widths and frames.live is not None:
+        has = frames.live[:, None].to(frames.actions.dtype)
+        action = dynamics.embed_action(frames.actions * has) + dynamics.embed_absent(1 - has)
+    return action.float()
+
 
 def embed_frames(dynamics: Dynamics, frames: FrameInputs, agent: Tensor | None = None) -> Tensor:
     "Tokens (b, t, s, width) of frames, in the order of the layout."
@@ -191,7 +212,7 @@ def embed_frames(dynamics: Dynamics, frames: FrameInputs, agent: Tensor | None =
     width = c.transformer.width
     # (b, t, width)
     signal = torch.cat([dynamics.embed_tau(frames.i), dynamics.embed_d(frames.j)], -1)
-    action = dynamics.embed_action(frames.actions).float()
+    action = embed_actions(dynamics, frames)
     action = torch.where(frames.action_known[..., None], action, 0.0)
     latents = dynamics.embed_latent(frames.z).float()
     registers = signal.new_zeros(b, t, c.n_registers, width)
@@ -247,7 +268,8 @@ def video_loss(model: Dynamics, batch: Batch, generator: torch.Generator,
 
     def f(z_tau: Tensor, i: Tensor, j: Tensor, rows: slice) -> Tensor:
         rest = [None if x is None else x[rows] for x in (agent, segments, context)]
-        x_hat, h = model(z_tau, i, j, batch.actions[rows], known[rows], *rest)
+        live = None if batch.live is None else batch.live[rows]
+        x_hat, h = model(z_tau, i, j, batch.actions[rows], known[rows], *rest, live=live)
         outputs.append(h)
         return cast(Tensor, x_hat)
 

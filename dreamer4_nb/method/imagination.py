@@ -83,7 +83,7 @@ def imagine(world: WorldModel, heads: AgentHeads, policy: PolicyHead, batch: Bat
     n = config.context
     context = cast(Tensor, batch.latents)[:, :n].float()
     live = heads.live(batch.task)
-    dream = world.start(len(batch.actions), generator, heads.tokens(batch.task))
+    dream = world.start(len(batch.actions), generator, heads.tokens(batch.task), live)
     world.observe(dream, context, batch.actions[:, :n], batch.action_known[:, :n])
     hs = [cast(Tensor, dream.h)]
     actions = []

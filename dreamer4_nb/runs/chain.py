@@ -62,7 +62,7 @@ def open_episodes(preset: Preset) -> EpisodeStore:
             store = store.subset(first)
     if list(preset.tasks) != list(store.tasks):
         raise UserError(f"{preset.data} holds {' '.join(store.tasks)}, not {' '.join(preset.tasks)}; "
-                        "give --tasks so, or other --data")
+                        "give --tasks so (without names: all of them), or other --data")
     for task in preset.tasks:
         check_fresh(task, preset.evaluation.seeds, store)
     return store
@@ -132,7 +132,7 @@ def check_part(notes: PhaseNotes, preset: Preset, name: str) -> None:
     if name in notes.entries:
         notes.check(name, settings)
     elif has_part(folder, name) and (folder / "config.json").exists():
-        before = resolve(read_config(folder))
+        before = resolve(read_config(folder), (folder / "latents.zarr",))
         found = differences(phase_settings(before, name), settings)
         if found:
             raise other_settings(folder, name, found)
@@ -180,7 +180,7 @@ class Run:
     def __init__(self, folder: Path, preset: Preset, only: str | None = None):
         self.folder = local_path(folder)
         self.asked = preset
-        self.preset = resolve(preset)
+        self.preset = resolve(preset, (self.path("latents"),))
         self.only = only
         self.parts: dict[str, Any] = {}  # what was made or loaded
         self.notes = PhaseNotes(self.folder, Preset)

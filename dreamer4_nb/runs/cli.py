@@ -302,7 +302,7 @@ class Collect:
     part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
     """
     out: str                             # what to write, .npz or .zarr, which may be an address: s3://...
-    task: str = "ball_in_cup-catch"      # a name of dreamer4_nb.data.envs.TASKS
+    task: str = "ball_in_cup-catch"      # a built-in one: a name of dreamer4_nb.data.tasks.TASKS
     episodes: int = 100                  # in all parts together
     decisions: int = 80                  # length of an episode
     quality: Literal["mixed", "expert", "medium", "poor", "random"] = "mixed"

@@ -365,6 +365,7 @@ def _random_batch(rows: int, length: int, action_dim: int, n_relevant: int, devi
         latents=latents,
         actions=actions,
         action_known=torch.ones(rows, length, dtype=torch.bool, device=device),
+        live=torch.ones(rows, action_dim, dtype=torch.bool, device=device),
         intended=actions,
         rewards=zeros,
         continues=zeros + 1,

@@ -35,7 +35,6 @@ from dreamer4_nb.core import (
 from ..inputs import available_cores, local_path, read_json, read_json_lines, to_dict
 from ..data.planner import Planner
 from ..data.stores import EpisodeStore
-from ..data.tasks import task_info
 from ..evaluation.closed_loop import (PlannerPolicy, RandomPolicy, check_fresh, closed_loop_rows,
                                                 evaluate_policy)
 from ..evaluation.metrics import rollout_report, tokenizer_report
@@ -62,7 +61,7 @@ def policies(view: TaskView) -> dict[str, tuple[AnyPolicy, range]]:
     evaluation = preset.evaluation
     seeds = evaluation.seeds
     number = preset.tasks.index(view.task)
-    action_dim = task_info(view.task).action_dim
+    action_dim = int(run.agent[1].has_action[number].sum())
 
     judged = {"random": (RandomPolicy(action_dim), seeds)}
     for readout in evaluation.readouts:

@@ -27,9 +27,8 @@ from ..inputs import COUNT, SEED, Range, local_path
 from ..data.arrays import atomic_store
 from ..data.demonstrations import read_demonstrations
 from ..data.envs import check_actions, make_env
-from ..data.planner import Planner
+from ..data.planner import Planner, can_plan
 from ..data.stores import Episode, EpisodeStore, pick_held_out
-from ..data.tasks import task_info
 from ..evaluation.dream_env import DreamFilm
 from ..evaluation.pictures import save_video
 from ..method.agent import AgentHeads
@@ -81,7 +80,7 @@ class Game:
     @property
     def actors(self) -> list[str]:
         "Who may choose the actions."
-        planner = ["planner"] if task_info(self.task).score else []
+        planner = ["planner"] if can_plan(self.task) else []
         return ["you", *self.heads, *planner]
 
 # %% ../../nbs/55_play.ipynb #cde2f4ec
@@ -191,13 +190,19 @@ class Truth:
         self.keep(frame, action, reward, continues)
 
 # %% ../../nbs/55_play.ipynb #73155d91
-def true_context(truth: Truth) -> tuple[Tensor, Tensor, Tensor]:
-    "The last frames (1, t, h, w, 3) uint8, the actions (1, t, a) that led to them, and which are known."
+def true_context(truth: Truth, width: int | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The last frames (1, t, h, w, 3) uint8, the actions (1, t, width) that led to them, which of these are
+    known, and which dimensions (1, width) the task has.
+
+    width: numbers in an action of the widest task of the run; None: of this task."""
+    width = width or truth.action_dim
     last = list(truth.moments)[-CONTEXT:]
     frames = np.stack([moment.frame for moment in last])
     actions = np.stack([moment.action for moment in last])
     known = torch.tensor([[moment.known for moment in last]])
-    return torch.from_numpy(frames)[None], torch.from_numpy(actions)[None], known
+    live = torch.arange(width)[None] < truth.action_dim
+    padded = torch.nn.functional.pad(torch.from_numpy(actions), (0, width - truth.action_dim))
+    return torch.from_numpy(frames)[None], padded[None], known, live
 
 
 def played_episode(truth: Truth) -> Episode:
@@ -257,11 +262,10 @@ class Pair:
     def wake(self) -> None:
         "The dream begins anew, from the last true frames."
         world = self.world
-        frames, actions, known = true_context(self.truth)
+        frames, *rest = true_context(self.truth, world.dynamics.config.action_dim)
         latents = encode_stream(world.tokenizer, frames)
-        more = world.dynamics.config.action_dim - self.truth.action_dim     # of the run's widest task
-        actions = torch.nn.functional.pad(actions, (0, more)).to(world.device)
-        self.film = DreamFilm(world, latents, actions, known.to(world.device), self._noises(), self.tokens)
+        actions, known, live = (x.to(world.device) for x in rest)
+        self.film = DreamFilm(world, latents, actions, known, self._noises(), self.tokens, live)
         self.since = 0
 
     def _noises(self) -> RowGenerators:

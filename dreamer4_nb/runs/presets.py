@@ -10,6 +10,7 @@ __all__ = ['Readout', 'BETWEEN', 'Config', 'Phase', 'TINY', 'LONG', 'MICRO', 'SM
 
 # %% ../../nbs/48_presets.ipynb #cell-2
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..core import UserError
@@ -19,7 +20,7 @@ from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import DynamicsConfig
 from ..method.agent import AgentConfig
 from ..method.imagination import ImaginationConfig
-from ..data.tasks import TASKS, task_info
+from ..data.demonstrations import data_specs
 from ..training.optimizers import TrainConfig
 from ..training.phases import slow_clips
 from .costs import SHAPES, Shape
@@ -119,8 +120,9 @@ BETWEEN = Range(low=0, high=1, open_low=True, open_high=True)  # the ends would 
 @dataclass(frozen=True)
 class Preset:
     "Every setting of a run."
-    tasks: tuple[str, ...] = ("ball_in_cup-catch",)     # names in data.envs.TASKS; one model learns all
-    data: str = "shipped"             # shipped, or a .zarr of `dreamer4 collect`, or a pattern: parts-*.zarr
+    # one model learns all of them; none: all that the data hold
+    tasks: tuple[str, ...] = ("ball_in_cup-catch",)
+    data: str = "shipped"             # shipped, or a .zarr (see collect, import), or a pattern: parts-*.zarr
     episodes: Count | None = None       # use only the first so many episodes (shipped: of each task)
     held_out: Annotated[float, BETWEEN] = 0.1  # share of episodes that no phase trains on
     seed: Seed = 0                     # added to the training seed of every phase
@@ -134,8 +136,8 @@ class Preset:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise UserError(f"tasks are {self.tasks}; expected one or more, each once")
+        if len(set(self.tasks)) < len(self.tasks):
+            raise UserError(f"tasks are {self.tasks}; expected each once")
 
 # %% ../../nbs/48_presets.ipynb #cell-13
 Config = TypeVar("Config")
@@ -163,22 +165,27 @@ def _shift_seed(phase: Phase, seed: int, **changes: Any) -> Phase:
     return replace(phase, train=train, **changes)
 
 
-def resolve(preset: Preset) -> Preset:
-    """The preset with all fields filled in that one part dictates to another.
+def resolve(preset: Preset, instead: tuple[Path, ...] = ()) -> Preset:
+    """The preset with all fields filled in that the data, or one part, dictate to another.
 
-    These are sizes of latents and actions, widths, tasks, and the training seeds. Raises `UserError` where
-    one of them was set by hand to another value."""
-    widths = tuple(task_info(task).action_dim for task in preset.tasks)
+    These are tasks, sizes of latents and actions, widths, and the training seeds.
+    instead: stores that are asked about the tasks where the preset's data are not there.
+    Raises `UserError` where one of them was set by hand to another value, and if nothing is known of a
+    task."""
+    specs = data_specs(preset.data, preset.tasks, instead)
+    tasks = tuple(specs)
+    widths = tuple(max(spec.action_dim, 1) for spec in specs.values())  # 0: video without actions
     action_dim = max(widths)
     action_dims = widths if len(set(widths)) > 1 else ()        # only where tasks differ in them
 
-    tokenizer = override(preset.tokenizer.model, n_backgrounds=len(preset.tasks))
+    tokenizer = override(preset.tokenizer.model, n_backgrounds=len(tasks))
     dynamics = override(preset.dynamics.model, n_latents=tokenizer.n_latents, d_latent=tokenizer.d_latent,
-                        action_dim=action_dim, n_agent=0)
+                        action_dim=action_dim, mixed_widths=bool(action_dims), n_agent=0)
     agent = override(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim,
-                     tasks=preset.tasks, action_dims=action_dims)
+                     tasks=tasks, action_dims=action_dims)
     return replace(
         preset,
+        tasks=tasks,
         tokenizer=_shift_seed(preset.tokenizer, preset.seed, model=tokenizer),
         dynamics=_shift_seed(preset.dynamics, preset.seed, model=dynamics),
         agent=_shift_seed(preset.agent, preset.seed, model=agent),
@@ -267,12 +274,12 @@ SMALL = Preset(
     evaluation=EvaluationPhase(episodes=500, demonstrator=100, dreams=128))
 
 # %% ../../nbs/48_presets.ipynb #7318b2fb
-_all_tasks = tuple(sorted(TASKS))
+_five_tasks = ("ball_in_cup-catch", "cartpole-swingup", "cheetah-run", "reacher-easy", "walker-walk")
 _sharded = TrainConfig(shard=0, compile=True, warmup=1000, save_every=1000)
 
 _base_train = replace(_sharded, steps=100_000, ema=0.999)
 BASE = Preset(
-    tasks=_all_tasks,
+    tasks=_five_tasks,
     data="demonstrations/*.zarr",
     workers=16,
     tokenizer=tokenizer_phase("base", _base_train, slow_steps=20_000),
@@ -287,7 +294,7 @@ BASE = Preset(
 
 _paper_train = replace(_sharded, steps=200_000, recompute=True, lr=1e-4)
 PAPER = Preset(
-    tasks=_all_tasks,
+    tasks=_five_tasks,
     data="demonstrations/*.zarr",
     workers=16,
     tokenizer=tokenizer_phase("paper", _paper_train, slow_steps=0),

@@ -113,7 +113,8 @@ def check_measurable(held_out: EpisodeStore, prefix: int, length: int) -> None:
         task = held_out.tasks[number]
         own = held_out.of_task(task)
         parts = np.split(own.column("rewards"), np.cumsum(own.lengths)[:-1])
-        begins = [~solved(task, part[:len(part) - length + prefix]) for part in parts if len(part) >= length]
+        spec = held_out.spec(task)
+        begins = [~solved(spec, part[:len(part) - length + prefix]) for part in parts if len(part) >= length]
         if not begins:
             raise UserError(f"no held-out episode of {task} has the {length} frames of a dream (the longest "
                             f"has {own.lengths.max()}); hold out more, give longer ones, or shorter dreams")

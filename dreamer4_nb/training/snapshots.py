@@ -70,7 +70,8 @@ def dreams(world: WorldModel, held_out: EpisodeStore) -> dict[str, Tensor]:
     Returns {"dream": image (c, h, w)}."""
     batch = first_frames(held_out).to(world.device)
     generator = step_generator(0, device=world.device)
-    dreamed = rollout(world, batch.latents, batch.actions, GIVEN, generator, action_known=batch.action_known)
+    dreamed = rollout(world, batch.latents, batch.actions, GIVEN, generator, action_known=batch.action_known,
+                      live=batch.live)
     rows = torch.stack([batch.latents, dreamed], 1).flatten(0, 1)
     return {"dream": film_strips(world.tokenizer.decode(rows), GIVEN)}
 
