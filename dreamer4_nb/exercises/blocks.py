@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_ring_step', 'check_memory', 'check_quiet_registers', 'check_reacts']
 
-# %% ../../nbs/85_check_blocks.ipynb #9d0e1e3c
+# %% ../../nbs/85_check_blocks.ipynb #a9b4126a
 from collections.abc import Callable
 
 import torch
@@ -15,7 +15,7 @@ from .checks import Wrong, compare, exercise
 from ..method.attention import TransformerConfig, attend, time_mask
 from ..method.blocks import BlockCausalTransformer, TokenLayout
 
-# %% ../../nbs/85_check_blocks.ipynb #fca0597e
+# %% ../../nbs/85_check_blocks.ipynb #08c75cc7
 @exercise
 def check_ring_step(ring_step: Callable) -> None:
     "Exercise 1: `ring_step(keys, values, frame, q, k, v)` attends to a window that is kept in a ring."
@@ -44,7 +44,7 @@ def check_ring_step(ring_step: Callable) -> None:
         if not kept:
             raise Wrong(f"frame {f} is right, but a frame that is still in the window has left the ring")
 
-# %% ../../nbs/85_check_blocks.ipynb #9e0ba85d
+# %% ../../nbs/85_check_blocks.ipynb #000b7b34
 @exercise
 def check_memory(memory: Callable) -> None:
     "Exercise 2: `memory(config)` is the number of frames that can influence the output, this one included."
@@ -69,7 +69,7 @@ def check_memory(memory: Callable) -> None:
                 raise Wrong(f"{hint} ({place})")
         raise Wrong(f"{answer!r} is not right for {place}; draw the frames that each time layer reaches")
 
-# %% ../../nbs/85_check_blocks.ipynb #43e41b80
+# %% ../../nbs/85_check_blocks.ipynb #a2581cef
 def _closure(mask: Tensor) -> Tensor:
     "Who can learn from whom, by any number of layers inside a frame."
     reach = mask.int() + torch.eye(len(mask), dtype=torch.int)
@@ -101,7 +101,7 @@ def check_quiet_registers(quiet_registers: Callable) -> None:
         if sees["register"] != {"register", "signal"}:
             raise Wrong("this is safe, but registers could see more without learning the action")
 
-# %% ../../nbs/85_check_blocks.ipynb #d9f938f6
+# %% ../../nbs/85_check_blocks.ipynb #385808a6
 def _models() -> dict[str, Callable[[Tensor], Tensor]]:
     "Functions of (1, 6, 3, 16) to the same shape; each but the first leaks from later frames to earlier."
     names = ("a", "b")
@@ -134,6 +134,7 @@ def _reacts(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(rows).abs().amax((2, 3)) > 0
 
 
+# %% ../../nbs/85_check_blocks.ipynb #e34ef4e2
 @exercise
 def check_reacts(reacts: Callable) -> None:
     "Exercise 4: `reacts(f, x)` says which frames of the output react to which frames of the input."
