@@ -6,7 +6,7 @@
 __all__ = ['CHAIN_PAY', 'chain_value', 'improve_in_chain', 'check_n_step_returns', 'check_reinforce', 'push_of_signs',
            'check_wrong_sentence', 'check_slope', 'check_false_reward']
 
-# %% ../../nbs/91_check_imagination.ipynb #1b3f0c8a
+# %% ../../nbs/91_check_imagination.ipynb #f43a6210
 from collections.abc import Callable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import Wrong, compare, exercise
 from ..method.imagination import lambda_returns, pmpo_loss
 
-# %% ../../nbs/91_check_imagination.ipynb #fc8d3ad3
+# %% ../../nbs/91_check_imagination.ipynb #76596efa
 CHAIN_PAY = torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
 _GOES_ON = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
 _GAMMA = 0.8
@@ -66,7 +66,7 @@ def improve_in_chain(prior: float = 0.3, alpha: float = 0.5, beta: float = 0.3, 
         logit = logit - 1.5 * slope
     return logit.detach().sigmoid()
 
-# %% ../../nbs/91_check_imagination.ipynb #20212135
+# %% ../../nbs/91_check_imagination.ipynb #3b28e969
 def _n_step(rewards: Tensor, continues: Tensor, values: Tensor, gamma: float, n: int) -> Tensor:
     "From the definition, one step at a time."
     horizon = rewards.shape[1]
@@ -106,7 +106,7 @@ def check_n_step_returns(n_step_returns: Callable) -> None:
         otherwise = f"n = {n}: the numbers differ; write the last step's return by hand, then the one before"
         compare(n_step_returns(rewards, continues, values, 0.8, n), answer(), mistakes, otherwise)
 
-# %% ../../nbs/91_check_imagination.ipynb #ad6c88e9
+# %% ../../nbs/91_check_imagination.ipynb #fec934f7
 @exercise
 def check_reinforce(reinforce_loss: Callable) -> None:
     "Exercise 2: `reinforce_loss(log_prob, returns, values)` is the policy gradient loss with a baseline."
@@ -133,7 +133,7 @@ def check_reinforce(reinforce_loss: Callable) -> None:
         raise Wrong("the value is right, but its gradient also moves the value head; what is constant here?")
     compare(found[0], -advantage / advantage.numel(), {}, "the value is right, but its gradient is not")
 
-# %% ../../nbs/91_check_imagination.ipynb #58688279
+# %% ../../nbs/91_check_imagination.ipynb #875fbb60
 def push_of_signs(signed: Tensor) -> float:
     """How PMPO pushes the logit of action 1, if both actions of a state were drawn once and have chance 1/2.
 
@@ -181,7 +181,7 @@ def check_wrong_sentence(wrong_sentence: Callable) -> None:
     if push_of_signs(worse[:, 0]) == 0:
         raise Wrong("worse: the sentence does not move the policy; it must move it the wrong way")
 
-# %% ../../nbs/91_check_imagination.ipynb #c4481088
+# %% ../../nbs/91_check_imagination.ipynb #4da61c2c
 @exercise
 def check_slope(slope: Callable) -> None:
     "Exercise 4: `slope(p, prior, alpha, beta)` is the slope of the PMPO loss by the good action's logit."
@@ -209,7 +209,7 @@ def check_slope(slope: Callable) -> None:
     otherwise = "the numbers differ; write the loss as a function of the logit, then differentiate each term"
     compare(slope(p.detach(), prior, alpha, beta), right, mistakes, otherwise)
 
-# %% ../../nbs/91_check_imagination.ipynb #d780ee4a
+# %% ../../nbs/91_check_imagination.ipynb #aeb9186b
 @exercise
 def check_false_reward(false_reward: Callable) -> None:
     "Exercise 5: `false_reward()` is a place, an amount and a β that still beats the prior, unlike 0.3."
@@ -219,8 +219,9 @@ def check_false_reward(false_reward: Callable) -> None:
     place, amount, beta = answer
     if place not in range(7):
         raise Wrong(f"there is no place {place!r}; the places are 0 to 6")
-    if not (isinstance(amount, int | float) and isinstance(beta, int | float) and 0 <= beta <= 30):
-        raise Wrong("amount and beta are numbers, and beta is from 0 to 30")
+    amount, beta = float(amount), float(beta)
+    if not 0 <= beta <= 30:
+        raise Wrong(f"beta is {beta:g}; give one from 0 to 30")
     believed = CHAIN_PAY.clone()
     believed[place] += amount
     before = chain_value(torch.full((5,), 0.3)).mean().item()
