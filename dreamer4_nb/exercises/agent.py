@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_best_logits', 'check_two_agents', 'check_targets', 'check_plan']
 
-# %% ../../nbs/90_check_agent.ipynb #7a77e982
+# %% ../../nbs/90_check_agent.ipynb #ea55eb38
 from collections.abc import Callable
 from itertools import product
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ from .checks import Wrong, compare, exercise
 from ..method.agent import multi_step_targets, symexp, symlog, two_hot
 from ..method.blocks import TokenLayout
 
-# %% ../../nbs/90_check_agent.ipynb #a4d47339
+# %% ../../nbs/90_check_agent.ipynb #61cbcd92
 @exercise
 def check_best_logits(best_logits: Callable) -> None:
     "Exercise 1: `best_logits(samples, bins)` are the logits with the least mean cross-entropy."
@@ -41,7 +41,7 @@ def check_best_logits(best_logits: Callable) -> None:
     otherwise = "a softmax with a smaller loss exists; which one is best if all samples are the same number?"
     compare(logits.to(right).softmax(-1), right, mistakes, otherwise)
 
-# %% ../../nbs/90_check_agent.ipynb #230038e5
+# %% ../../nbs/90_check_agent.ipynb #2d45fa66
 @exercise
 def check_two_agents(two_agents: Callable) -> None:
     "Exercise 2: `two_agents(groups)` is the layout of a world with the agents 'red' and 'blue'."
@@ -72,7 +72,7 @@ def check_two_agents(two_agents: Callable) -> None:
             does = "does not look" if may else "looks"
             raise Wrong(f"'{who}' {does} at '{at}': {hints[pair]}")
 
-# %% ../../nbs/90_check_agent.ipynb #547eb3b8
+# %% ../../nbs/90_check_agent.ipynb #9fc2bf84
 @exercise
 def check_targets(targets: Callable) -> None:
     "Exercise 3: `targets(chosen, paid, distances)` are targets and masks of actions and rewards."
@@ -105,6 +105,8 @@ def check_targets(targets: Callable) -> None:
     mistakes = {
         "rewards: what is paid for the action chosen at t arrives with the next frame": shifted(paid, 0),
         "rewards: this answers before the action; which reward has h seen?": shifted(paid, 1),
+        "rewards: the last entry of `paid` arrives after the window":
+            held(arrived, inside) + _after_window(paid),
     }
     otherwise = "rewards: the numbers or the mask differ; which reward arrived with frame t, with frame 0?"
     compare(held(rewards, rewards_inside), held(arrived, inside), mistakes, otherwise)
@@ -121,7 +123,13 @@ def _arrived(paid: Tensor) -> tuple[Tensor, Tensor]:
     inside[0, 0] = False
     return values, inside
 
-# %% ../../nbs/90_check_agent.ipynb #126c8177
+
+def _after_window(paid: Tensor) -> Tensor:
+    "The last entry of `paid` at the places of the frame after the window, else 0."
+    after = torch.arange(6)[:, None] + torch.arange(3) == 6
+    return torch.where(after, paid[:, -1, None, None], 0.0)
+
+# %% ../../nbs/90_check_agent.ipynb #f451c424
 class _Dream(SimpleNamespace):
     "h (b, 1, 2): a state and the number of dreamed frames."
 
@@ -162,14 +170,28 @@ class _Choice:
     def sample(self, generator: torch.Generator) -> Tensor:
         return torch.randn(self.n, 1, generator=generator)
 
-# %% ../../nbs/90_check_agent.ipynb #ae9e90da
+# %% ../../nbs/90_check_agent.ipynb #4098dcea
 @exercise
 def check_plan(plan: Callable) -> None:
     "Exercise 4: `plan(world, heads, dream, forks, horizon, generator)` is the best dream's first action."
-    world = _World()
-    heads = SimpleNamespace(policy=_Choice, reward=_reward)
-    forks, horizon = 12, 5
-    action = plan(world, heads, world.real, forks, horizon, torch.Generator().manual_seed(5))
+    actions, rights, mistakes = [], [], []
+    for seed in range(5):
+        world = _World()
+        heads = SimpleNamespace(policy=_Choice, reward=_reward)
+        action = plan(world, heads, world.real, 12, 5, torch.Generator().manual_seed(seed))
+        right, wrong = _due(world, forks=12, horizon=5)
+        if not isinstance(action, Tensor) or action.shape != right.shape:
+            compare(action, right, {}, "")
+        actions.append(action)
+        rights.append(right)
+        mistakes.append(wrong)
+    together = {hint: torch.cat([wrong[hint] for wrong in mistakes]) for hint in mistakes[0]}
+    otherwise = "this is not the first action of the dream with the largest sum of rewards"
+    compare(torch.cat(actions), torch.cat(rights), together, otherwise)
+
+# %% ../../nbs/90_check_agent.ipynb #55df8366
+def _due(world: _World, forks: int, horizon: int) -> tuple[Tensor, dict[str, Tensor]]:
+    "The first action of the best dream, and of others by the mistake; `Wrong` if there are other dreams."
     if world.real.actions:
         raise Wrong("you dreamed on in `dream` itself: the agent now believes what has not happened; fork it")
     ends = [dream for dream in world.dreams if dream.actions]
@@ -186,7 +208,7 @@ def check_plan(plan: Callable) -> None:
     if (made == made[:1]).all():
         raise Wrong("all dreams are the same; each must sample its own actions")
     best = paid.sum(1).argmax()
-    mistakes = {
+    return made[best, 0], {
         "this dream pays least": made[paid.sum(1).argmin(), 0],
         "this is the best dream's last action; which one comes next in reality?": made[best, -1],
         "this dream pays most in its first frame; add up all of them": made[paid[:, 0].argmax(), 0],
@@ -195,5 +217,3 @@ def check_plan(plan: Callable) -> None:
             made[paid[:, :-1].sum(1).argmax(), 0],
         "this is the mean over dreams; choose one": made[:, 0].mean(0),
     }
-    otherwise = "this is not the first action of the dream with the largest sum of rewards"
-    compare(action, made[best, 0], mistakes, otherwise)

@@ -6,7 +6,7 @@
 __all__ = ['CHAIN_PAY', 'chain_value', 'improve_in_chain', 'check_n_step_returns', 'check_reinforce', 'push_of_signs',
            'check_wrong_sentence', 'check_slope', 'check_false_reward']
 
-# %% ../../nbs/91_check_imagination.ipynb #1b3f0c8a
+# %% ../../nbs/91_check_imagination.ipynb #624be0be
 from collections.abc import Callable
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 from .checks import Wrong, compare, exercise
 from ..method.imagination import lambda_returns, pmpo_loss
 
-# %% ../../nbs/91_check_imagination.ipynb #fc8d3ad3
+# %% ../../nbs/91_check_imagination.ipynb #68e5f2fd
 CHAIN_PAY = torch.tensor([0.5, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
 _GOES_ON = torch.tensor([0.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.0])
 _GAMMA = 0.8
@@ -66,7 +66,7 @@ def improve_in_chain(prior: float = 0.3, alpha: float = 0.5, beta: float = 0.3, 
         logit = logit - 1.5 * slope
     return logit.detach().sigmoid()
 
-# %% ../../nbs/91_check_imagination.ipynb #20212135
+# %% ../../nbs/91_check_imagination.ipynb #9ba000db
 def _n_step(rewards: Tensor, continues: Tensor, values: Tensor, gamma: float, n: int) -> Tensor:
     "From the definition, one step at a time."
     horizon = rewards.shape[1]
@@ -106,7 +106,7 @@ def check_n_step_returns(n_step_returns: Callable) -> None:
         otherwise = f"n = {n}: the numbers differ; write the last step's return by hand, then the one before"
         compare(n_step_returns(rewards, continues, values, 0.8, n), answer(), mistakes, otherwise)
 
-# %% ../../nbs/91_check_imagination.ipynb #ad6c88e9
+# %% ../../nbs/91_check_imagination.ipynb #26ba02bc
 @exercise
 def check_reinforce(reinforce_loss: Callable) -> None:
     "Exercise 2: `reinforce_loss(log_prob, returns, values)` is the policy gradient loss with a baseline."
@@ -133,7 +133,7 @@ def check_reinforce(reinforce_loss: Callable) -> None:
         raise Wrong("the value is right, but its gradient also moves the value head; what is constant here?")
     compare(found[0], -advantage / advantage.numel(), {}, "the value is right, but its gradient is not")
 
-# %% ../../nbs/91_check_imagination.ipynb #58688279
+# %% ../../nbs/91_check_imagination.ipynb #27df245c
 def push_of_signs(signed: Tensor) -> float:
     """How PMPO pushes the logit of action 1, if both actions of a state were drawn once and have chance 1/2.
 
@@ -181,7 +181,7 @@ def check_wrong_sentence(wrong_sentence: Callable) -> None:
     if push_of_signs(worse[:, 0]) == 0:
         raise Wrong("worse: the sentence does not move the policy; it must move it the wrong way")
 
-# %% ../../nbs/91_check_imagination.ipynb #c4481088
+# %% ../../nbs/91_check_imagination.ipynb #861e8430
 @exercise
 def check_slope(slope: Callable) -> None:
     "Exercise 4: `slope(p, prior, alpha, beta)` is the slope of the PMPO loss by the good action's logit."
@@ -201,6 +201,9 @@ def check_slope(slope: Callable) -> None:
         "this is the slope by p; by its logit it has one more factor": right / (p * (1 - p)).detach(),
         "the sign is reversed: going downhill must make the good action more likely": -right,
         "this is the slope without the prior": by_logit(beta=0.0),
+        "praise and blame are right; the KL lacks the step from p to its logit":
+            by_logit(beta=0.0) + beta * (logit - before).detach(),
+        "the prior is not always one half": by_logit(beta=0.0) + beta * (p * (1 - p) * logit).detach(),
         "the KL points the other way: it is a mean under the policy": by_logit(backward=True),
         "α weighs the praise of the good action, 1 − α the blame of the bad one": by_logit(alpha=1 - alpha),
         "each set is averaged by itself: praise and blame are not weighted by the chance of their action":
@@ -209,7 +212,7 @@ def check_slope(slope: Callable) -> None:
     otherwise = "the numbers differ; write the loss as a function of the logit, then differentiate each term"
     compare(slope(p.detach(), prior, alpha, beta), right, mistakes, otherwise)
 
-# %% ../../nbs/91_check_imagination.ipynb #d780ee4a
+# %% ../../nbs/91_check_imagination.ipynb #940f8d68
 @exercise
 def check_false_reward(false_reward: Callable) -> None:
     "Exercise 5: `false_reward()` is a place, an amount and a β that still beats the prior, unlike 0.3."
@@ -219,8 +222,9 @@ def check_false_reward(false_reward: Callable) -> None:
     place, amount, beta = answer
     if place not in range(7):
         raise Wrong(f"there is no place {place!r}; the places are 0 to 6")
-    if not (isinstance(amount, int | float) and isinstance(beta, int | float) and 0 <= beta <= 30):
-        raise Wrong("amount and beta are numbers, and beta is from 0 to 30")
+    amount, beta = float(amount), float(beta)
+    if not 0 <= beta <= 30:
+        raise Wrong(f"beta is {beta:g}; give one from 0 to 30")
     believed = CHAIN_PAY.clone()
     believed[place] += amount
     before = chain_value(torch.full((5,), 0.3)).mean().item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_exact_interval', 'check_power', 'check_gain_of_method', 'check_honest_rate']
 
-# %% ../../nbs/92_check_statistics.ipynb #ced4db2b
+# %% ../../nbs/92_check_statistics.ipynb #6241e3e5
 from collections.abc import Callable
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import Tensor
 from ..evaluation.statistics import bootstrap, interval, runs_interval
 from .checks import Wrong, compare, exercise
 
-# %% ../../nbs/92_check_statistics.ipynb #199f6c1d
+# %% ../../nbs/92_check_statistics.ipynb #0ee483cf
 def _tensor(*numbers: float) -> Tensor:
     return torch.tensor([float(x) for x in numbers], dtype=torch.float64)
 
@@ -30,7 +30,7 @@ def _ends(answer: object) -> Tensor:
         raise Wrong(f"an end is {values[~np.isfinite(values)][0]}; what if k is 0, or n?")
     return torch.from_numpy(values)
 
-# %% ../../nbs/92_check_statistics.ipynb #850e6e3d
+# %% ../../nbs/92_check_statistics.ipynb #ef9f5ca6
 @exercise
 def check_exact_interval(exact_interval: Callable) -> None:
     "Exercise 1: `exact_interval(k, n, level)` is Clopper and Pearson's interval of a rate."
@@ -56,7 +56,7 @@ def check_exact_interval(exact_interval: Callable) -> None:
         otherwise = what + "the numbers differ; how likely are k or more successes at your lower end?"
         compare(_ends(exact_interval(k, n, level)), right, mistakes, otherwise)
 
-# %% ../../nbs/92_check_statistics.ipynb #2bc4fa24
+# %% ../../nbs/92_check_statistics.ipynb #16854f2b
 def _share_found(n: int, a: float, b: float, sides: int = 2) -> float:
     "Chance that the sign test over n seeds has p < 0.05; the policies have rates a and b, independently."
     wins, losses = a * (1 - b), b * (1 - a)
@@ -89,7 +89,7 @@ def check_power(power: Callable) -> None:
             raise Wrong(what + f"{answer:.2f} false alarms; a test at 0.05 must not have as many")
         raise Wrong(what + f"{answer:.2f} is not how often; count wins and losses of each experiment")
 
-# %% ../../nbs/92_check_statistics.ipynb #650399f9
+# %% ../../nbs/92_check_statistics.ipynb #56ecd890
 @exercise
 def check_gain_of_method(gain_of_method: Callable) -> None:
     "Exercise 3: `gain_of_method(before, after)` is the interval of what a method adds, over paired runs."
@@ -112,6 +112,8 @@ def check_gain_of_method(gain_of_method: Callable) -> None:
         "this is the interval of the method's rate, not of what it adds": _tensor(*runs_interval(b)),
         "this is the normal quantile; a standard deviation from five runs needs Student's":
             around(difference.mean(), 1.959964 * spread),
+        "resampling five numbers makes too narrow an interval; which one is for a few runs?":
+            _tensor(*bootstrap(difference)),
         "this forgets that the runs come in pairs":
             around(difference.mean(), stats.t.ppf(0.975, 8) * unpaired),
         "the unit here is the episode; a sentence about a method needs another": _tensor(*episodes),
@@ -122,7 +124,7 @@ def check_gain_of_method(gain_of_method: Callable) -> None:
                  if over_episodes else "the numbers differ; first make one number of each pair of runs")
     compare(answer, _tensor(low, high), mistakes, otherwise)
 
-# %% ../../nbs/92_check_statistics.ipynb #63867129
+# %% ../../nbs/92_check_statistics.ipynb #609caa80
 @exercise
 def check_honest_rate(honest_rate: Callable) -> None:
     "Exercise 4: `honest_rate(hits)` is the rate of the best setting, on seeds that did not choose it."
