@@ -295,16 +295,23 @@ def parse_shard(text: str) -> tuple[int, int]:
 # %% ../../nbs/58_cli.ipynb #fe4fbcff
 @dataclass(frozen=True)
 class Collect:
-    """Makes demonstrations with the planner. A .zarr is a store with frames, for --data. An .npz holds states
-    and actions only, in a hundredth of the size.
+    """Makes demonstrations. A .zarr is a store with frames, for --data. An .npz holds states and actions only,
+    in a hundredth of the size.
+
+    The planner knows five tasks. Any other is played at random, or by a function of yours:
+    dreamer4 collect out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
 
     Stop it at any moment; the same command continues where it stopped. Many processes or machines make a
     part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
     """
     out: str                             # what to write, .npz or .zarr, which may be an address: s3://...
-    task: str = "ball_in_cup-catch"      # a built-in one: a name of dreamer4_nb.data.tasks.TASKS
+    # a name of dreamer4_nb.data.tasks.TASKS, gymnasium:ID or dm_control:DOMAIN-TASK
+    task: str = "ball_in_cup-catch"
     episodes: int = 100                  # in all parts together
     decisions: int = 80                  # length of an episode
+    by: str = "planner"                  # or random, or MODULE:FUNCTION: (env, random) to an action
+    # of MODULE:FUNCTION: share of decisions that are random; episodes take the values in turn
+    noise: tuple[float, ...] = (0.0,)
     quality: Literal["mixed", "expert", "medium", "poor", "random"] = "mixed"
     candidates: int = 24                 # plans tried at each decision: the planner's own quality
     image: int = 64                      # pixels of a frame's side
@@ -314,8 +321,8 @@ class Collect:
 
     def __call__(self) -> None:
         shard = parse_shard(self.shard)
-        wanted = Collection(self.task, self.episodes, self.decisions, self.quality, self.candidates,
-                            self.image, self.seed, shard)
+        wanted = Collection(self.task, self.episodes, self.decisions, self.by, self.noise, self.quality,
+                            self.candidates, self.image, self.seed, shard)
         out = shard_path(self.out, shard)
         rewards = collect(out, wanted, self.workers, progress=sys.stderr.isatty())
         rewarded = np.mean([own.max() > 0 for own in rewards])
