@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_cost', 'check_useful_frames', 'check_time_shuffle_ratio', 'check_rank_correlation']
 
-# %% ../../nbs/89_check_generation.ipynb #583ac525
+# %% ../../nbs/89_check_generation.ipynb #0bfc24f9
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -19,7 +19,7 @@ from ..method.forcing import Schedule, sample_sequence
 from ..method.generation import WorldModel, rollout
 from ..method.tokenizer import Tokenizer, TokenizerConfig
 
-# %% ../../nbs/89_check_generation.ipynb #52748c59
+# %% ../../nbs/89_check_generation.ipynb #a849dd0a
 def _small_world(steps: int = 4) -> WorldModel:
     "An untrained world with two latents of four channels a frame and actions of two numbers."
     torch.manual_seed(0)
@@ -30,7 +30,7 @@ def _small_world(steps: int = 4) -> WorldModel:
     nn.init.normal_(dynamics.embed_action.weight, std=2.0)
     return WorldModel(tokenizer, dynamics, Schedule(steps=steps)).eval()
 
-# %% ../../nbs/89_check_generation.ipynb #fd98b565
+# %% ../../nbs/89_check_generation.ipynb #b279522e
 def _counted(prefix: int, dreamed: int, steps: int) -> tuple[int, int]:
     "Frames that go through the model, streamed and by window."
     world = _small_world(steps)
@@ -57,7 +57,7 @@ def check_cost(cost: Callable) -> None:
     "Exercise 1: `cost(prefix, dreamed, K)` counts the frames through the model, streamed and by window."
     for prefix, dreamed, steps in ((3, 5, 4), (2, 3, 1), (8, 24, 2)):
         answer = cost(prefix, dreamed, steps)
-        if not isinstance(answer, tuple) or len(answer) != 2:
+        if not isinstance(answer, tuple | list) or len(answer) != 2:
             raise Wrong("expected two numbers: `return streamed, by_window`")
         streamed, by_window = _counted(prefix, dreamed, steps)
         asked = f"prefix {prefix}, {dreamed} dreamed frames, K = {steps}"
@@ -82,7 +82,7 @@ def check_cost(cost: Callable) -> None:
             hint = hints.get(answer[1], "read `sample_sequence` of lesson 03 once more")
             raise Wrong(f"by window, {asked}: {hint}")
 
-# %% ../../nbs/89_check_generation.ipynb #4d008eb3
+# %% ../../nbs/89_check_generation.ipynb #1d32a31e
 @exercise
 def check_useful_frames(useful_frames: Callable) -> None:
     "Exercise 2: `useful_frames(dream, floor)` counts frames until a dream is first no better than the floor."
@@ -115,7 +115,7 @@ def check_useful_frames(useful_frames: Callable) -> None:
     compare(answer.double() if isinstance(answer, Tensor) else answer, right.double(),
             {hint: value.double() for hint, value in mistakes.items()}, otherwise)
 
-# %% ../../nbs/89_check_generation.ipynb #3757ce85
+# %% ../../nbs/89_check_generation.ipynb #e0d85317
 def _latent_error(world: WorldModel, clip: SimpleNamespace, actions: Tensor, prefix: int, seed: int,
                   first: int | None = None) -> Tensor:
     "Mean squared error of a dream's latents from frame `first` on, in variances of the latents."
@@ -161,7 +161,7 @@ def check_time_shuffle_ratio(time_shuffle_ratio: Callable) -> None:
         answer = torch.tensor(answer)
     compare(answer, right, mistakes, otherwise)
 
-# %% ../../nbs/89_check_generation.ipynb #442c8908
+# %% ../../nbs/89_check_generation.ipynb #e1b7452b
 def _ranks(x: Tensor, axis: int) -> Tensor:
     "0 for the smallest, 1 for the next, …, along an axis."
     return x.argsort(axis).argsort(axis).double()

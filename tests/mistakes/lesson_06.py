@@ -24,7 +24,7 @@ MISTAKES = [
     (1, "def blend_best(plans, scores, top, temperature): return plans[0]", "plan differs"),
     (2, "def score(away): return 1.0 * (np.abs(away) < 0.025).all(-1)", "near miss"),
     (2, "def score(away): return np.linalg.norm(away, axis=-1)", "sign"),
-    (2, "def score(away): return (np.abs(away) < 0.025).all(-1) - np.abs(away).sum(-1)", "over the rim"),
+    (2, "def score(away): return (np.abs(away) < 0.025).all(-1) - np.abs(away).sum(-1)", "steep near the cup"),
     (3, ROWS.replace("[np.zeros_like(actions[:1]), actions]", "[actions, np.zeros_like(actions[:1])]"),
      "row t of your actions"),
     (3, ROWS.replace("np.r_[0, rewards]", "np.r_[rewards, 0]"), "row t of your rewards"),
