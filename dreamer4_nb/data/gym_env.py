@@ -9,6 +9,7 @@ __all__ = ['PREFIX', 'IMAGE', 'open_gym', 'one_hot', 'chosen_of', 'as_played', '
 # %% ../../nbs/26_gym_env.ipynb #5cf71095
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from ..inputs import COUNT, SEED, Range
 
 # %% ../../nbs/26_gym_env.ipynb #d4842ca2
 PREFIX = "gymnasium:"
+if not os.environ.get("DISPLAY"):
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame, with which many draw, asks for a screen
 
 
 def open_gym(task: str) -> gymnasium.Env:
@@ -31,11 +34,14 @@ def open_gym(task: str) -> gymnasium.Env:
     `UserError` if Gymnasium cannot make it, or it cannot draw itself."""
     name = task.removeprefix(PREFIX)
     try:
-        return gymnasium.make(name, render_mode="rgb_array")
-    except (gymnasium.error.Error, ImportError, TypeError, AttributeError) as error:
+        env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+    except Exception as error:  # the constructor of an environment may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"Gymnasium cannot make {name}: {reason}; for an environment of another package write "
                         "gymnasium:PACKAGE:ID, and install the package") from None
+    if "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise UserError(f"{name} cannot draw itself: it has no render mode rgb_array")
+    return env
 
 # %% ../../nbs/26_gym_env.ipynb #1757b8b7
 def _choices(space: spaces.Space) -> tuple[int, ...]:
