@@ -18,6 +18,7 @@ from dreamer4_nb.data.stores import EpisodeStore, verify
 from dreamer4_nb.data.tasks import TaskSpec
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.generation import WorldModel, rollout
+from dreamer4_nb.runs import chain
 from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.runs.cli import main
 from dreamer4_nb.runs.presets import MICRO
@@ -552,3 +553,47 @@ def test_an_adapter_of_ones_own_by_name(tmp_path, monkeypatch, capfd):
     assert main(["import", "my_adapter:Noise", "3", "--out", str(tmp_path / "x.zarr"), "--image", "8"]) == 0
     assert "3 episodes, 15 frames" in capfd.readouterr().out
     assert robots.own_adapter("my_adapter:Noise", "3").n == 3
+
+
+# From an import to a run.
+
+@pytest.fixture
+def untrained(monkeypatch):
+    "Trainings that must not be called."
+    for part in ("tokenizer", "dynamics", "agent", "imagination"):
+        monkeypatch.setattr(chain, f"train_{part}", None)
+
+
+def test_a_demo_without_an_environment_is_refused_at_the_door(tmp_path, capfd, untrained):
+    store = str(tmp_path / "x.zarr")
+    assert main(["import", "npz", sources.npz(tmp_path), "--out", store, "--quality", "expert"]) == 0
+    assert main(["demo", "--preset", "micro", "--run", str(tmp_path / "run"), "--data", store, "--tasks"]) == 2
+    assert "no environment of push is known" in capfd.readouterr().err
+
+
+def test_imagination_asks_for_recorded_rewards_and_cloning_for_a_quality(tmp_path, capfd, untrained):
+    source = sources.videos(tmp_path)
+    for quality, why in (("unknown", "import with --quality expert"), ("expert", "the rewards of push in")):
+        store = str(tmp_path / f"{quality}.zarr")
+        assert main(["import", "videos", source, "--out", store, "--quality", quality]) == 0
+        preset = replace(MICRO, tasks=(), data=store)
+        with pytest.raises(UserError, match=why):
+            Run(tmp_path / quality, preset).train("imagination")
+
+
+def test_one_model_learns_imports_of_different_widths(tmp_path):
+    "Two numbers to an action, four choices, and films without any, imported and trained as one."
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for kind, source, task in (("npz", sources.npz(tmp_path), "arm"), ("minari", sources.minari(tmp_path), "keys"),
+                               ("videos", sources.videos(plain, "none"), "film")):
+        assert main(["import", kind, source, "--out", str(tmp_path / f"{task}.zarr"), "--task", task]) == 0
+    run = Run(tmp_path / "run", replace(MICRO, tasks=(), data=str(tmp_path / "*.zarr"), episodes=None, threads=1))
+    run.train("dynamics")
+    assert run.preset.tasks == ("arm", "film", "keys") and run.dynamics.config.mixed_widths
+    batch = Windows(run.latents[1], 8, 24)(0)
+    widths = dict(zip(batch.task.tolist(), batch.live.sum(1).tolist()))
+    assert widths == {0: 2, 1: 1, 2: 4} and not batch.action_known[batch.task == 1].any()
+    world = WorldModel(run.tokenizer, run.dynamics).eval()
+    dreamed = rollout(world, batch.latents, batch.actions, 4, torch.Generator().manual_seed(0), action_known=batch.action_known, live=batch.live)
+    assert torch.isfinite(dreamed).all()

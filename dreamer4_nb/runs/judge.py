@@ -33,6 +33,7 @@ from dreamer4_nb.core import (
     write_json,
 )
 from ..inputs import available_cores, local_path, read_json, read_json_lines, to_dict
+from ..data.envs import check_environment
 from ..data.planner import Planner, can_plan
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import (PlannerPolicy, RandomPolicy, check_fresh, closed_loop_rows,
@@ -88,9 +89,10 @@ def play(view: TaskView, name: str, policy: AnyPolicy, seeds: range) -> Records:
     records = evaluate_policy(policy, view.task, seeds, evaluation.decisions, preset.workers, keep, name,
                               image, progress=sys.stderr.isatty())
     folder = view.results_dir / "figures"
+    rate = round(view.run.store.spec(view.task).frame_rate or 25)
     for k in range(keep):
         film = beside_dream(policy, records.frames[k], records.actions[k])
-        save_video(folder / f"policy-{k}.webp", film, fps=25, scale=2)
+        save_video(folder / f"policy-{k}.webp", film, fps=rate, scale=2)
     return records
 
 # %% ../../nbs/51_judge.ipynb #380f7ae7
@@ -190,9 +192,11 @@ def dream_length(held: EpisodeStore) -> int:
 
 
 def check_judged(view: TaskView) -> None:
-    """`UserError` if no dream of a task can be measured on its held-out episodes.
+    """`UserError` if policies cannot be judged in a task, or no dream measured on its held-out episodes.
 
-    The check reads their latents or, before these exist, their frames."""
+    The check reads their latents or, before these exist, their frames. Before that, there must be an
+    environment in which policies can act."""
+    check_environment(view.task)
     held = (view.latents if view.run.path("latents").exists() else view.split)[1]
     longest = int(held.lengths.max())
     if longest <= PREFIX:

@@ -64,8 +64,8 @@ def check_cloning(store: EpisodeStore, policy: str, labels: str) -> None:
         names, counts = np.unique(store.qualities, return_counts=True)
         found = ", ".join(f"{count} {name}" for name, count in zip(names, counts))
         raise UserError(f"no episode of {store.path} is {' or '.join(RELEVANT)} (there are {found}), and "
-                        "phase 2 clones those; collect with --quality mixed, or store good ones with "
-                        "Episode(quality='expert')")
+                        "phase 2 clones those; collect with --quality mixed, import with --quality expert, "
+                        "or store good ones with Episode(quality='expert')")
     if not store.labelled[good].any():
         raise UserError(f"the actions of no {' or '.join(RELEVANT)} episode of {store.path} are known, and "
                         "phase 2 clones them; add episodes with labelled=True")
@@ -95,6 +95,10 @@ def check_trainable(training: EpisodeStore, *, clip_lengths: dict[str, int], pol
                             f"give longer episodes, or a shorter length or context of {phase}")
     for task in training.tasks:
         training.of_task(task)  # there is one
+        if "imagination" in clip_lengths and not training.spec(task).scored:
+            raise UserError(f"the rewards of {task} in {training.path} were not recorded, and imagination "
+                            "learns from them; give data with rewards, or stop after phase 2: dreamer4 train "
+                            "agent")
     largest = largest_return(training, gamma)
     if not largest <= LARGEST:
         raise UserError(f"the rewards of {training.path} reach {largest_reward(training):.3g}, which with "
