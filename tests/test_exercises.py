@@ -55,7 +55,7 @@ each_exercise = pytest.mark.parametrize("key", EXERCISES, ids=str)
 
 
 def names_of(lesson):
-    "What a solution may use: torch, math, what the lesson imports from the package, what its module exports."
+    "What a solution may use: torch, math, numpy, what the lesson imports from the package, what its module exports."
     names = {}
     for cell in cells_of(lesson):
         source = "".join(cell["source"])
@@ -66,7 +66,7 @@ def names_of(lesson):
             names |= {name: getattr(module, name) for name in module.__all__}
         for node in ast.parse(source).body:
             ours = isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in {"torch", "dreamer4_nb"}
-            plain = isinstance(node, ast.Import) and all(alias.name in {"torch", "math"} for alias in node.names)
+            plain = isinstance(node, ast.Import) and all(alias.name in {"torch", "math", "numpy"} for alias in node.names)
             if ours or plain:
                 exec(ast.unparse(node), names)
     return names

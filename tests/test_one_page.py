@@ -46,7 +46,7 @@ def test_the_method_is_written_out():
 
 
 def test_all_five_seeds_are_stored():
-    assert [row["seed"] for row in TRUE] == [row["seed"] for row in SHUFFLED] == list(range(5, 10))
+    assert [row["seed"] for row in TRUE] == [row["seed"] for row in SHUFFLED] == list(range(10, 15))
     assert all(row["seconds"] > 0 for row in STORED["rows"])
 
 
@@ -61,9 +61,9 @@ def test_shuffled_rewards_remove_the_gain():
 
 
 def test_cloning_reaches_its_demonstrator():
-    "On average, and in four seeds of five; the page says that one falls short."
+    "In each of five seeds that were not used to choose the recipe."
     reached = [row["cloning"] / row["demonstrator"] for row in TRUE]
-    assert sum(reached) / len(reached) >= 0.9 and sum(share >= 0.9 for share in reached) >= 4
+    assert all(share >= 0.9 for share in reached)
     assert sum(row["cloning"] for row in TRUE) >= 0.5 * sum(row["optimum"] for row in TRUE)
 
 

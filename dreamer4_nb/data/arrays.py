@@ -541,10 +541,8 @@ def finished_lengths(path: str | Path, lengths: np.ndarray) -> np.ndarray:
 class StoreArrays:
     """The arrays of one store, shared by all its views. Readers use only `empty`, `read` and `column`.
 
-    path: where the store is.
-    group: its zarr group.
-    mode: "r" to read, "a" to append as well.
-    lock: the writer's, freed by `finish` or when these arrays are no longer used.
+    path, group: where the store is, and its zarr group.
+    mode: "r" to read, "a" to append as well. lock: the writer's, until `close` or until nothing uses these.
     `UserError` if it is no store, or if a part is missing or damaged.
     """
     def __init__(self, path: str | Path, group: zarr.Group, mode: str, lock: FileLock | None = None):
@@ -591,8 +589,12 @@ class StoreArrays:
         self._set_lengths(np.concatenate([self.lengths, rows["lengths"]]))
 
     def finish(self) -> None:
-        "Mark the store complete, seal it and go on in mode 'r'. `UserError` if it is empty."
+        "Mark the store complete, seal it and `close` it. `UserError` if it is empty."
         finish_store(self)
+        self.close()
+
+    def close(self) -> None:
+        "Go on in mode 'r', so that others may write."
         self.mode = "r"
         if self._free:
             self._free()

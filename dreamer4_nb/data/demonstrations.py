@@ -18,10 +18,12 @@ import numpy as np
 from tqdm import tqdm
 
 from ..core import JsonDict, UserError, asset, cache_dir
-from ..inputs import COUNT, NATURAL, SEED, Count, Seed, check_fields, local_path, to_dict
+from ..inputs import COUNT, NATURAL, SEED, Count, Seed, Share, check_fields, local_path, to_dict
+from .acting import demonstrate, find_chooser
 from .arrays import VERSION, atomic_store, exists, is_url, resumable_store, stored_specs
-from .envs import IMAGE, make_env, object_pixels, render_states
-from .planner import Planner, check_quality, collect_episodes, save_demonstrations
+from .envs import env_spec, make_env, object_pixels, render_states
+from .gym_env import IMAGE
+from .planner import Planner, can_plan, check_quality, collect_episodes, save_demonstrations
 from .stores import QUALITIES, Episode, EpisodeStore, matching_stores
 from .tasks import TASKS, TaskSpec, check_spec, known_spec, solved, task_info
 
@@ -350,29 +352,54 @@ def demonstrations_report(source: EpisodeStore | str, progress: bool = True) -> 
         _print_report(report)
     return report
 
-# %% ../../nbs/33_demonstrations.ipynb #bc4cc624
+# %% ../../nbs/33_demonstrations.ipynb #72cc0332
 PIECE = 25  # episodes that are made and kept at a time
 
 
+def _check_demonstrator(task: str, by: str, noise: tuple[float, ...]) -> None:
+    "`UserError` if nobody of this name can demonstrate a task."
+    if not noise:
+        raise UserError("no noise is given; expected one or more shares, 0 for none")
+    if by != "planner":
+        find_chooser(by)
+    elif not can_plan(task):
+        raise UserError(f"{task} has no score to plan by; give --by random, or --by MODULE:FUNCTION with a "
+                        "function (env, random) that returns an action")
+
+
+def _piece(wanted: "Collection", seeds: range) -> list[dict]:
+    "The episodes with these seeds, each as the columns of an `Episode`. Those of the planner lack frames."
+    if wanted.by == "planner":
+        planner = Planner(wanted.task, candidates=wanted.candidates, seed=seeds[0])
+        return collect_episodes(wanted.task, len(seeds), wanted.decisions, seeds[0], wanted.quality, planner)
+    choose = find_chooser(wanted.by)
+    noises = [1.0 if wanted.by == "random" else wanted.noise[seed % len(wanted.noise)] for seed in seeds]
+    return [vars(demonstrate(wanted.task, seed, wanted.decisions, choose, noise, wanted.image))
+            for seed, noise in zip(seeds, noises)]
+
+# %% ../../nbs/33_demonstrations.ipynb #bc4cc624
 @dataclass(frozen=True)
 class Collection:
-    """Episodes for the planner to demonstrate: all settings that decide what they are.
+    """Episodes to demonstrate: all settings that decide what they are.
 
     `UserError` for an invalid setting.
     """
-    task: str = "ball_in_cup-catch"         # a name of `TASKS`
+    task: str = "ball_in_cup-catch"         # a name of `TASKS`, gymnasium:ID or dm_control:DOMAIN-TASK
     episodes: Count = 100                   # in all parts together
     decisions: Count = 80                   # length of an episode
-    quality: str = "mixed"                  # or a key of `planner.QUALITIES`
-    candidates: Count = 24                  # plans tried at each decision
+    by: str = "planner"                     # or random, or MODULE:FUNCTION, see `acting.find_chooser`
+    noise: tuple[Share, ...] = (0.0,)       # of MODULE:FUNCTION: share of random decisions; episodes in turn
+    quality: str = "mixed"                  # of the planner; or a key of `planner.QUALITIES`
+    candidates: Count = 24                  # plans that the planner tries at each decision
     image: Annotated[int, IMAGE] = 64       # pixels of a frame's side
     seed: Seed = 0                          # episode i begins with the task's own reset with seed + i
     shard: tuple[int, int] = (0, 1)         # (i, n): part i of n only
 
     def __post_init__(self) -> None:
         check_fields(self)
-        task_info(self.task)
+        env_spec(self.task)
         check_quality(self.quality)
+        _check_demonstrator(self.task, self.by, self.noise)
         SEED.check("the last seed", self.seed + self.episodes - 1)
         part, parts = self.shard
         if not 0 <= part < parts:
@@ -390,25 +417,23 @@ class Collection:
         return range(self.seed + first, self.seed + last)
 
     def missing(self, done: int, progress: bool = False) -> Iterator[list[dict]]:
-        """The episodes after the first `done`, in pieces, as `collect_episodes` gives them.
+        """The episodes after the first `done`, in pieces, each as the columns of an `Episode`.
 
-        They do not depend on `done`. progress: show a bar.
+        They do not depend on `done`. Those of the planner come without frames. progress: show a bar.
         """
         starts = range(done // PIECE * PIECE, len(self.seeds), PIECE)
         what = f"collecting {len(self.seeds) - done} episodes"
         for start in tqdm(starts, desc=what, disable=not progress):
-            seeds = self.seeds[start:start + PIECE]
-            planner = Planner(self.task, candidates=self.candidates, seed=seeds[0])
-            piece = collect_episodes(self.task, len(seeds), self.decisions, seeds[0], self.quality, planner)
+            piece = _piece(self, self.seeds[start:start + PIECE])
             yield piece[max(done - start, 0):]
 
 # %% ../../nbs/33_demonstrations.ipynb #d2fe4a45
 def _check_same(path: str | Path, begun: JsonDict | None, wanted: Collection) -> None:
     "`UserError` if the unfinished demonstrations at a path were begun with other settings."
     settings = to_dict(wanted)
+    begun = to_dict(Collection()) | (begun or {})  # a setting that was added since has its default
     if begun == settings:
         return
-    begun = begun or {}
     others = [f"{name} {begun.get(name)} there, {value} here" for name, value in settings.items()
               if begun.get(name) != value]
     raise UserError(f"{path} was begun with other settings ({'; '.join(others)}); "
@@ -421,7 +446,7 @@ def _unfinished_store(path: str | Path, wanted: Collection) -> EpisodeStore:
         env = make_env(wanted.task, 0, wanted.image)
         shape = env.reset().shape  # raises here if nothing can be drawn
         with atomic_store(path) as beside:
-            EpisodeStore.create(beside, wanted.task, env.info.action_dim, shape, len(env.state()),
+            EpisodeStore.create(beside, wanted.task, env.spec.action_dim, shape, len(env.state()),
                                 collected=to_dict(wanted))
     store = EpisodeStore.open(path, "a")
     _check_same(path, store.attributes.get("collected"), wanted)
@@ -433,11 +458,10 @@ def _collect_store(path: str, wanted: Collection, workers: int, progress: bool) 
     with resumable_store(path) as unfinished:
         store = _unfinished_store(unfinished, wanted)
         for episodes in wanted.missing(len(store), progress):
-            drawn = []
             for episode in episodes:
-                frames = render_states(wanted.task, episode["states"], wanted.image, workers)
-                drawn.append(Episode(frames=frames, task=wanted.task, **episode))
-            store.extend(drawn)
+                if "frames" not in episode:
+                    episode["frames"] = render_states(wanted.task, episode["states"], wanted.image, workers)
+            store.extend([Episode(**episode | {"task": wanted.task}) for episode in episodes])
         store.finish()
         return np.split(store.column("rewards"), np.cumsum(store.lengths)[:-1])
 
@@ -467,7 +491,7 @@ def _collect_npz(path: Path, wanted: Collection, progress: bool) -> list[np.ndar
 
 def collect(path: str | Path, wanted: Collection, workers: int = 2,
             progress: bool = True) -> list[np.ndarray]:
-    """Let the planner demonstrate, and keep its episodes. If it is stopped, the same call continues.
+    """Let the planner or a function demonstrate, and keep the episodes. If stopped, the same call continues.
 
     path: of a .zarr, local or at an address, which gets frames as well; or of a local .npz, which gets states
         and actions only, a hundredth of the size. `~` is expanded.
@@ -482,6 +506,9 @@ def collect(path: str | Path, wanted: Collection, workers: int = 2,
     if kind not in (".npz", ".zarr"):
         raise UserError(f"{path} is neither .zarr nor .npz; choose a name that ends in one of them")
     if kind == ".npz":
+        if wanted.by != "planner":
+            raise UserError(f"{path}: an .npz keeps states and no frames, which only the planner's tasks can "
+                            "draw; choose a name that ends in .zarr")
         return _collect_npz(local_path(path), wanted, progress)
     return _collect_store(str(path) if is_url(path) else str(local_path(path)), wanted, workers, progress)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Name', 'Settings', 'Port', 'Demo', 'print_results', 'Train', 'opened', 'shipped_run', 'writable', 'Evaluate',
-           'Online', 'Play', 'Study', 'read_value', 'rows_table', 'parse_shard', 'Collect', 'Bench', 'Ship',
+           'Online', 'Play', 'Study', 'read_value', 'rows_table', 'parse_shard', 'Collect', 'Import', 'Bench', 'Ship',
            'range_text', 'show_ranges', 'asked_preset', 'parse', 'main']
 
 # %% ../../nbs/58_cli.ipynb #cell-3
@@ -24,7 +24,9 @@ import tyro
 from ..core import UserError, asset, atomic_path, print0, sigterm_interrupts, write_json
 from ..inputs import (Count, Natural, Positive, Range, Seed, available_cores, check_fields,
                                 local_path, read_json, tolerant_output)
+from ..data.adapters import ImportSettings, import_dataset
 from ..data.demonstrations import Collection, collect, shard_path
+from ..data.robots import open_adapter
 from ..evaluation.closed_loop import closed_loop_rows, closed_loop_table, text_table
 from .bench import bench, bench_table
 from .chain import Run, by_task, read_config
@@ -295,16 +297,23 @@ def parse_shard(text: str) -> tuple[int, int]:
 # %% ../../nbs/58_cli.ipynb #fe4fbcff
 @dataclass(frozen=True)
 class Collect:
-    """Makes demonstrations with the planner. A .zarr is a store with frames, for --data. An .npz holds states
-    and actions only, in a hundredth of the size.
+    """Makes demonstrations. A .zarr is a store with frames, for --data. An .npz holds states and actions only,
+    in a hundredth of the size.
+
+    The planner knows five tasks. Any other is played at random, or by a function of yours:
+    dreamer4 collect out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
 
     Stop it at any moment; the same command continues where it stopped. Many processes or machines make a
     part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
     """
     out: str                             # what to write, .npz or .zarr, which may be an address: s3://...
-    task: str = "ball_in_cup-catch"      # a built-in one: a name of dreamer4_nb.data.tasks.TASKS
+    # a name of dreamer4_nb.data.tasks.TASKS, gymnasium:ID or dm_control:DOMAIN-TASK
+    task: str = "ball_in_cup-catch"
     episodes: int = 100                  # in all parts together
     decisions: int = 80                  # length of an episode
+    by: str = "planner"                  # or random, or MODULE:FUNCTION: (env, random) to an action
+    # of MODULE:FUNCTION: share of decisions that are random; episodes take the values in turn
+    noise: tuple[float, ...] = (0.0,)
     quality: Literal["mixed", "expert", "medium", "poor", "random"] = "mixed"
     candidates: int = 24                 # plans tried at each decision: the planner's own quality
     image: int = 64                      # pixels of a frame's side
@@ -314,12 +323,37 @@ class Collect:
 
     def __call__(self) -> None:
         shard = parse_shard(self.shard)
-        wanted = Collection(self.task, self.episodes, self.decisions, self.quality, self.candidates,
-                            self.image, self.seed, shard)
+        wanted = Collection(self.task, self.episodes, self.decisions, self.by, self.noise, self.quality,
+                            self.candidates, self.image, self.seed, shard)
         out = shard_path(self.out, shard)
         rewards = collect(out, wanted, self.workers, progress=sys.stderr.isatty())
         rewarded = np.mean([own.max() > 0 for own in rewards])
         print0(f"{out}: {len(rewards)} episodes, {rewarded:.2f} with a reward")
+
+# %% ../../nbs/58_cli.ipynb #41333988
+@dataclass(frozen=True)
+class Import:
+    """Turns recordings into a store, for --data. What does not fit is refused by name, and the rest comes in.
+
+    Stop it at any moment; the same command continues where it stopped. An adapter of your own is named
+    module:Class, and is called with the source.
+    """
+    format: tyro.conf.Positional[str]    # videos, hdf5, npz, minari, lerobot, or module:Class
+    source: tyro.conf.Positional[str]    # a file, a folder, or the id of a Minari data set
+    out: str                             # the store to write, .zarr
+    camera: str = ""                     # which of several; empty: the one that looks on from outside
+    flip: bool | None = None             # images are stored upside down (default: as the format has it)
+    task: str = ""                       # a name for all episodes (default: what the source says)
+    settings: Annotated[ImportSettings, tyro.conf.arg(name="")] = ImportSettings()
+
+    def __call__(self) -> None:
+        adapter = open_adapter(self.format, self.source, self.camera, self.flip, self.task)
+        chosen = {"camera": self.camera, "flip": self.flip, "task": self.task}
+        about = [f"{name} {value}" for name, value in chosen.items() if value not in ("", None)]
+        source = " ".join([self.format, self.source, *about])
+        report = import_dataset(adapter, self.out, self.settings, source, progress=sys.stderr.isatty())
+        for line in report.lines():
+            print0(line)
 
 # %% ../../nbs/58_cli.ipynb #cell-20
 @dataclass(frozen=True)
@@ -388,7 +422,7 @@ def show_ranges(kind: type) -> None:
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=text)]
 
 
-for command in (Preset, Play, Evaluate, Rounds, Study, Collect, Bench):
+for command in (Preset, Play, Evaluate, Rounds, Study, Collect, ImportSettings, Bench):
     show_ranges(command)
 
 # %% ../../nbs/58_cli.ipynb #4c74e207
@@ -414,6 +448,7 @@ def parse(arguments: list[str]) -> Any:
     Command = Union[
         Annotated[Demo, tyro.conf.subcommand("demo", default=Demo(**start))],
         Annotated[Collect, tyro.conf.subcommand("collect")],
+        Annotated[Import, tyro.conf.subcommand("import")],
         Annotated[Train, tyro.conf.subcommand("train", default=Train(tyro.MISSING, **start))],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Online, tyro.conf.subcommand("online")],

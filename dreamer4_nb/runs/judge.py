@@ -33,7 +33,7 @@ from dreamer4_nb.core import (
     write_json,
 )
 from ..inputs import available_cores, local_path, read_json, read_json_lines, to_dict
-from ..data.planner import Planner
+from ..data.planner import Planner, can_plan
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import (PlannerPolicy, RandomPolicy, check_fresh, closed_loop_rows,
                                                 evaluate_policy)
@@ -68,7 +68,7 @@ def policies(view: TaskView) -> dict[str, tuple[AnyPolicy, range]]:
         for name, heads in (("cloning", run.agent[1]), ("PMPO", run.imagination)):
             policy = Policy(run.world, heads, readout, preset.seed, number)
             judged[f"{name}, {readout}"] = (policy, seeds)
-    if evaluation.demonstrator:
+    if evaluation.demonstrator and can_plan(view.task):
         few = seeds[:evaluation.demonstrator]
         judged["demonstrator"] = (PlannerPolicy(view.task), few)
     return judged

@@ -25,9 +25,8 @@ from ..data.acting import act_episodes
 from ..data.arrays import atomic_store, exists, resumable_store
 from ..data.demonstrations import PIECE
 from ..data.envs import render_states
-from ..data.planner import Planner, collect_episodes
+from ..data.planner import Planner, can_plan, collect_episodes
 from ..data.stores import Episode, EpisodeStore, seeds_of
-from ..data.tasks import task_info
 from ..evaluation.statistics import Records
 from ..inputs import SEED, Count, Positive, Seed, Share, check_fields, local_path, read_json, to_dict
 from ..method.agent import Policy
@@ -195,9 +194,8 @@ def check_online(base: Run, settings: Rounds) -> None:
     tasks = base.preset.tasks
     if len(tasks) > 1:
         raise UserError(f"{base.folder} has {len(tasks)} tasks; online rounds need a run of one task")
-    info = task_info(tasks[0])
-    if settings.teacher == "planner" and info.score is None:
-        raise UserError(f"{tasks[0]} has no score to plan by; leave --teacher out")
+    if "planner" in (settings.teacher, settings.actor) and not can_plan(tasks[0]):
+        raise UserError(f"{tasks[0]} has no score to plan by; leave --teacher and --actor out")
     base.load("imagination")
     played = range(settings.seeds(1)[0], settings.seeds(settings.rounds)[-1] + 1)
     judged = base.preset.evaluation.seeds

@@ -18,9 +18,10 @@ from ..inputs import SEED, Count, Natural, NotNegative, Range, Seed, Share, chec
 from ..method.attention import TransformerConfig
 from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import DynamicsConfig
-from ..method.agent import AgentConfig
+from ..method.agent import DISCRETE, AgentConfig
 from ..method.imagination import ImaginationConfig
 from ..data.demonstrations import data_specs
+from ..data.tasks import TaskSpec
 from ..training.optimizers import TrainConfig
 from ..training.phases import slow_clips
 from .costs import SHAPES, Shape
@@ -165,6 +166,17 @@ def _shift_seed(phase: Phase, seed: int, **changes: Any) -> Phase:
     return replace(phase, train=train, **changes)
 
 
+def _discrete_policy(specs: dict[str, TaskSpec]) -> dict[str, Any]:
+    """What the head of a policy needs for discrete actions; empty for tasks with continuous ones.
+
+    `UserError` for tasks of both kinds, or with different choices: one head cannot serve them."""
+    choices = {spec.choices for spec in specs.values() if spec.action_dim}
+    if len(choices) > 1:
+        raise UserError(f"tasks {', '.join(specs)} have different kinds of actions or different choices "
+                        f"({', '.join(map(str, choices))}); train them in runs of their own")
+    return {"policy": DISCRETE, "choices": choices.pop()} if any(choices) else {}
+
+
 def resolve(preset: Preset, instead: tuple[Path, ...] = ()) -> Preset:
     """The preset with all fields filled in that the data, or one part, dictate to another.
 
@@ -182,7 +194,7 @@ def resolve(preset: Preset, instead: tuple[Path, ...] = ()) -> Preset:
     dynamics = override(preset.dynamics.model, n_latents=tokenizer.n_latents, d_latent=tokenizer.d_latent,
                         action_dim=action_dim, mixed_widths=bool(action_dims), n_agent=0)
     agent = override(preset.agent.model, width=dynamics.transformer.width, action_dim=action_dim,
-                     tasks=tasks, action_dims=action_dims)
+                     tasks=tasks, action_dims=action_dims, **_discrete_policy(specs))
     return replace(
         preset,
         tasks=tasks,
