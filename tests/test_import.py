@@ -568,7 +568,7 @@ def test_a_demo_without_an_environment_is_refused_at_the_door(tmp_path, capfd, u
     store = str(tmp_path / "x.zarr")
     assert main(["import", "npz", sources.npz(tmp_path), "--out", store, "--quality", "expert"]) == 0
     assert main(["demo", "--preset", "micro", "--run", str(tmp_path / "run"), "--data", store, "--tasks"]) == 2
-    assert "no environment of push is known" in capfd.readouterr().err
+    assert "no policy of push can act" in capfd.readouterr().err
 
 
 def test_imagination_asks_for_recorded_rewards_and_cloning_for_a_quality(tmp_path, capfd, untrained):

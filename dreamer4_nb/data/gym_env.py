@@ -37,8 +37,8 @@ def open_gym(task: str) -> gymnasium.Env:
         env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
     except Exception as error:  # the constructor of an environment may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Gymnasium cannot make {name}: {reason}; for an environment of another package write "
-                        "gymnasium:PACKAGE:ID, and install the package") from None
+        raise UserError(f"Gymnasium cannot make {name}: {reason}; for an environment of another package "
+                        "write gymnasium:PACKAGE:ID, and install the package") from None
     if "rgb_array" not in env.metadata.get("render_modes", ()):
         raise UserError(f"{name} cannot draw itself: it has no render mode rgb_array")
     return env
@@ -152,7 +152,7 @@ def shrink(frame: np.ndarray, image: int) -> np.ndarray:
 
 # %% ../../nbs/26_gym_env.ipynb #fdb9a8df
 class GymEnv:
-    """A Gymnasium environment as frames. Made by `make_env` of 26_envs.
+    """A Gymnasium environment as frames. Made by `make_env` of 27_envs.
 
     A decision is `repeat` steps of the environment with the same action; its reward is their sum."""
 
