@@ -528,7 +528,7 @@ def test_another_source_or_setting_does_not_go_on(tmp_path):
 
 
 def test_a_full_disk_is_no_refusal(tmp_path, monkeypatch):
-    monkeypatch.setattr(EpisodeStore, "append", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
+    monkeypatch.setattr(EpisodeStore, "extend", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
     with pytest.raises(UserError, match="no space left"):
         bring(tmp_path, {"a": moving()})
 
