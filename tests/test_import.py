@@ -4,10 +4,12 @@ import shutil
 import tracemalloc
 import zipfile
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import sources
 
 from dreamer4_nb.core import UserError
@@ -160,6 +162,34 @@ def test_one_codec_or_another_gives_the_same_recording(tmp_path):
     for episode in ("episode 0", "episode 3"):
         a, b = (np.stack(list(adapter.read(episode).frames)).astype(int) for adapter in (one, other))
         assert a.shape == b.shape and np.abs(a - b).mean() < 3
+
+
+def test_the_spaces_of_gymnasium_become_specs():
+    spec, rows = robots.spec_of_space(spaces.Box(-np.inf, np.inf, (2, 2)))
+    assert (spec.action_dim, spec.low) == (4, ()) and rows(np.zeros((5, 2, 2))).shape == (5, 4)
+    assert robots.spec_of_space(spaces.Box(-1, 1, (3,)))[0] == TaskSpec(3)
+    spec, rows = robots.spec_of_space(spaces.MultiDiscrete([3, 2], start=[1, 0]))
+    assert spec.choices == (3, 2) and one_hot(rows(np.array([[3, 0], [1, 1]])), spec.choices).tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
+    spec, rows = robots.spec_of_space(spaces.MultiBinary(2))
+    assert spec.choices == (2, 2) and one_hot(rows(np.array([[1, 0]])), spec.choices).tolist() == [[0, 1, 1, 0]]
+    with pytest.raises(UserError, match="space Text"):
+        robots.spec_of_space(spaces.Text(3))
+
+
+def test_a_video_whose_time_jumps_is_refused(tmp_path):
+    import av
+    folder = tmp_path / "push"
+    folder.mkdir()
+    with av.open(str(folder / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 40, 48, "yuv420p"
+        for t, picture in enumerate(sources.film(0)[0]):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = t if t < 9 else t + 30, Fraction(1, 20)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match="a.mp4, because time jumps from 0.400 to 1.950 s before frame 9"):
+        import_dataset(open_adapter("videos", str(folder)), tmp_path / "x.zarr", SMALL, progress=False)
 
 
 # Frames, actions, times.
@@ -337,9 +367,14 @@ def hostile_videos(folder):
 
 def hostile_hdf5(folder):
     import h5py
-    path = sources.hdf5(folder, 7)
+    path = sources.hdf5(folder, 10)
+    shutil.copy(path, folder / "other.hdf5")
     with h5py.File(path, "a") as file:
         data = file["data"]
+        del data["demo_7"], data["demo_8/obs"], data["demo_9"]
+        data["demo_7"] = h5py.ExternalLink("other.hdf5", "/data/demo_7")
+        data["demo_8/obs"] = h5py.ExternalLink("other.hdf5", "/data/demo_8/obs")
+        data["demo_9"] = h5py.SoftLink("/data/gone")
         del data["demo_1/obs/agentview_rgb"], data["demo_1/obs/eye_in_hand_rgb"]
         data["demo_1/obs/agentview_rgb"] = h5py.ExternalLink("/etc/passwd", "/x")
         del data["demo_2/actions"]
@@ -353,7 +388,7 @@ def hostile_hdf5(folder):
         layout[:] = h5py.VirtualSource("other.hdf5", "x", shape=(24, 2))
         del data["demo_6/actions"]
         data["demo_6"].create_virtual_dataset("actions", layout)
-    return path, {f"push_demo.hdf5/demo_{k}" for k in range(1, 7)}
+    return path, {f"push_demo.hdf5/demo_{k}" for k in range(1, 10)}
 
 
 def hostile_lerobot(folder):
@@ -528,7 +563,7 @@ def test_another_source_or_setting_does_not_go_on(tmp_path):
 
 
 def test_a_full_disk_is_no_refusal(tmp_path, monkeypatch):
-    monkeypatch.setattr(EpisodeStore, "append", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
+    monkeypatch.setattr(EpisodeStore, "extend", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
     with pytest.raises(UserError, match="no space left"):
         bring(tmp_path, {"a": moving()})
 

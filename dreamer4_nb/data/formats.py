@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['LARGEST_ARRAY', 'LARGEST_FRAME', 'VIDEOS', 'need', 'task_name', 'range_of', 'open_video', 'video_rate',
-           'count_frames', 'video_frames', 'steady', 'load_npy', 'load_csv', 'read_labels', 'VideoFolder',
+           'count_frames', 'video_frames', 'steady', 'load_npy', 'load_csv', 'read_labels', 'extremes', 'VideoFolder',
            'read_header', 'open_array', 'read_bytes', 'load_array', 'NpzEpisodes']
 
-# %% ../../nbs/37_formats.ipynb #b6c6bbf7
+# %% ../../nbs/37_formats.ipynb #adf0448a
 import csv
 import importlib
 import math
@@ -25,7 +25,7 @@ from .adapters import Contents, Recording
 from .arrays import one_line
 from .tasks import TaskSpec
 
-# %% ../../nbs/37_formats.ipynb #d5676eac
+# %% ../../nbs/37_formats.ipynb #ab534568
 def need(module: str, extra: str) -> Any:
     "A library that reads a format. `UserError`, with what to type, if it is not installed."
     try:
@@ -57,7 +57,7 @@ def range_of(rows: list[np.ndarray]) -> dict[str, tuple[float, ...]]:
     low, high = low - 0.5 * still, high + 0.5 * still
     return {"low": tuple(low.tolist()), "high": tuple(high.tolist())}
 
-# %% ../../nbs/37_formats.ipynb #9ec238de
+# %% ../../nbs/37_formats.ipynb #74893b32
 VIDEOS = {".mp4": "mov", ".mov": "mov", ".m4v": "mov", ".mkv": "matroska", ".webm": "matroska", ".avi": "avi"}
 
 
@@ -85,7 +85,7 @@ def video_rate(path: Path) -> float | None:
         return None
     return float(rate) if rate else None
 
-# %% ../../nbs/37_formats.ipynb #fc213d23
+# %% ../../nbs/37_formats.ipynb #971376ea
 def count_frames(path: Path) -> int:
     "The number of frames of a video, without decoding it."
     with open_video(path) as container:
@@ -122,7 +122,7 @@ def steady(frames: Iterator[tuple[float, np.ndarray]], rate: float | None) -> It
         before = time
         yield frame
 
-# %% ../../nbs/37_formats.ipynb #3df3d8b9
+# %% ../../nbs/37_formats.ipynb #903db576
 def load_npy(path: Path) -> np.ndarray:
     "An array from a .npy file. `UserError` for Python objects, which are never loaded, and for a huge one."
     try:
@@ -165,10 +165,18 @@ def read_labels(video: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
     column = names.index("reward")
     return np.delete(numbers, column, 1), numbers[:, column]
 
-# %% ../../nbs/37_formats.ipynb #d3d1957e
+# %% ../../nbs/37_formats.ipynb #061e9ca4
+def extremes(labels: tuple[np.ndarray, np.ndarray | None] | None) -> list:
+    "Labels with only two rows of actions, the least and largest; all files of a task would not fit in memory."
+    if labels is None or not labels[0].size or labels[0].dtype.kind not in "fiub":
+        return []
+    actions, rewards = labels
+    return [(np.stack([np.nanmin(actions, 0), np.nanmax(actions, 0)]), rewards)]
+
+
 def _spec_of_labels(found: list[tuple[np.ndarray, np.ndarray | None]], rate: float | None) -> TaskSpec:
-    "The spec of videos with these labels; none: video without actions."
-    actions = [own for own, _ in found if own.size and own.dtype.kind in "fiub"]
+    "The spec of videos with these labels (see `extremes`); none: video without actions."
+    actions = [own for own, _ in found]
     scored = bool(found) and all(rewards is not None for _, rewards in found)
     if not actions:
         return TaskSpec(frame_rate=rate, scored=scored)
@@ -202,14 +210,14 @@ class VideoFolder:
         specs = {}
         for task in dict.fromkeys(map(self._task_of, paths)):
             own = [path for path in paths if self._task_of(path) == task]
-            found = []
+            found: list = []
             for path in own:
                 try:
-                    found.append(read_labels(path))
+                    found += extremes(read_labels(path))
                 except UserError:  # `read` refuses it by name
                     continue
             rate = next((rate for rate in map(video_rate, own) if rate), None)
-            specs[task] = _spec_of_labels([labels for labels in found if labels], rate)
+            specs[task] = _spec_of_labels(found, rate)
         return Contents(specs, [path.relative_to(self.folder).as_posix() for path in paths])
 
     def read(self, episode: str) -> Recording:
@@ -221,7 +229,7 @@ class VideoFolder:
         actions, rewards = labels
         return Recording(frames, count_frames(path), actions, rewards, task=self._task_of(path))
 
-# %% ../../nbs/37_formats.ipynb #663bc234
+# %% ../../nbs/37_formats.ipynb #a3213c1e
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
     "Shape and dtype of the array that a stream begins with. `UserError` if it is none of plain numbers."
     try:
@@ -271,7 +279,7 @@ def load_array(path: Path, name: str) -> np.ndarray:
     with file:
         return np.frombuffer(read_bytes(file, size), dtype).reshape(shape)
 
-# %% ../../nbs/37_formats.ipynb #82da5714
+# %% ../../nbs/37_formats.ipynb #dcd4663e
 class NpzEpisodes:
     """Episodes in one .npz: frames (N, T, h, w, 3), actions (N, T, A), and perhaps rewards and dones (N, T).
 

@@ -7,7 +7,7 @@ __all__ = ['FORMATS', 'cameras', 'pick_camera', 'Hdf5Demonstrations', 'read_demo
            'pictures_of', 'MinariEpisodes', 'inside', 'read_parquet', 'matched', 'png_frames', 'LeRobotFolder',
            'read_robot_episode', 'own_adapter', 'open_adapter']
 
-# %% ../../nbs/38_robots.ipynb #e45750de
+# %% ../../nbs/38_robots.ipynb #29487166
 import importlib
 import io
 import json
@@ -29,15 +29,21 @@ from .formats import (LARGEST_ARRAY, LARGEST_FRAME, NpzEpisodes, VideoFolder, ne
                                       video_frames)
 from .tasks import TaskSpec
 
-# %% ../../nbs/38_robots.ipynb #1c3cae9b
-def _dataset(group: Any, name: str) -> Any:
-    "An HDF5 data set that lies in its file. `UserError` for none, for links out of it, and for other types."
+# %% ../../nbs/38_robots.ipynb #79ee549e
+def _child(group: Any, name: str, kind: str) -> Any:
+    "A Group or Dataset that lies in the same file. `UserError` for none, and for a link to another file."
     h5py = need("h5py", "hdf5")
     if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
         raise UserError(f"{name} is a link to another file, which is not followed")
     found = group.get(name)
-    if not isinstance(found, h5py.Dataset):
+    if not isinstance(found, getattr(h5py, kind)):
         raise UserError(f"it has no {name}")
+    return found
+
+
+def _dataset(group: Any, name: str) -> Any:
+    "A data set of numbers that lies in its file. `UserError` for others."
+    found = _child(group, name, "Dataset")
     if found.external or found.is_virtual or found.dtype.kind not in "fiub":
         raise UserError(f"{name} of {found.dtype} lies in another file, or holds no numbers")
     return found
@@ -54,9 +60,8 @@ def _rows(group: Any, name: str) -> np.ndarray:
 def cameras(demo: Any) -> list[str]:
     "The cameras of a demonstration: what has (t, h, w, 3) in its `obs`, those from outside first."
     h5py = need("h5py", "hdf5")
-    obs = demo.get("obs")
-    names = list(obs) if isinstance(obs, h5py.Group) else []
-    own = [name for name in names if not isinstance(obs.get(name, getlink=True), h5py.ExternalLink)]
+    obs = _child(demo, "obs", "Group")
+    own = [name for name in obs if not isinstance(obs.get(name, getlink=True), h5py.ExternalLink)]
     found = [name for name in own if getattr(obs.get(name), "ndim", 0) == 4 and obs[name].shape[-1] == 3]
     on_hand = re.compile("wrist|hand")
     return sorted(found, key=lambda name: (not name.startswith("agent"), bool(on_hand.search(name)), name))
@@ -79,7 +84,7 @@ def _about(data: Any, key: str) -> JsonDict:
         return {}
     return value if isinstance(value, dict) else {}
 
-# %% ../../nbs/38_robots.ipynb #dd4f9acd
+# %% ../../nbs/38_robots.ipynb #95b6e0d4
 class Hdf5Demonstrations:
     """One file in the layout of LIBERO and robomimic, or a folder of them, a task each.
 
@@ -115,9 +120,9 @@ class Hdf5Demonstrations:
         for file in files:
             try:
                 with h5py.File(file, "r") as opened:
-                    data = opened["data"]
+                    data = _child(opened, "data", "Group")
                     demos = sorted(data, key=lambda name: [int(n) for n in re.findall(r"\d+", name)])
-                    specs.setdefault(self._task_of(file), self._spec(data, data[demos[0]]))
+                    specs.setdefault(self._task_of(file), self._spec(data, _child(data, demos[0], "Group")))
             except (OSError, KeyError, IndexError, UserError, AttributeError) as error:
                 if len(files) == 1:
                     raise UserError(f"{file} is no HDF5 of demonstrations ({one_line(error)}); expected "
@@ -130,14 +135,14 @@ class Hdf5Demonstrations:
         name, _, demo = episode.rpartition("/")
         return read_demonstration(self.path.parent / name, demo, self)
 
-# %% ../../nbs/38_robots.ipynb #c2087b9f
+# %% ../../nbs/38_robots.ipynb #dd1ad017
 def read_demonstration(file: Path, name: str, adapter: Hdf5Demonstrations) -> Recording:
     "One demonstration of an HDF5 file. It is terminated if it is done with a reward in its last step."
     h5py = need("h5py", "hdf5")
     with h5py.File(file, "r") as opened:
-        demo = opened["data"][name]
+        demo = _child(_child(opened, "data", "Group"), name, "Group")
         camera = pick_camera(adapter.camera, cameras(demo))
-        length = _dataset(demo["obs"], camera).shape[0]
+        length = _dataset(_child(demo, "obs", "Group"), camera).shape[0]
         actions = _rows(demo, "actions")
         rewards = _rows(demo, "rewards").reshape(-1) if "rewards" in demo else None
         done = "dones" in demo and bool(_rows(demo, "dones").reshape(-1)[-1:].any())
@@ -158,7 +163,7 @@ def hdf5_frames(file: Path, group: str, camera: str, flip: bool) -> Iterator[np.
             block = stored[start:start + 32]
             yield from block[:, ::-1] if flip else block
 
-# %% ../../nbs/38_robots.ipynb #0446b6d1
+# %% ../../nbs/38_robots.ipynb #f0939fcd
 def spec_of_space(space: Any) -> tuple[TaskSpec, Callable[[Any], np.ndarray]]:
     """The spec of a Gymnasium action space, and what makes rows of its actions.
 
@@ -193,7 +198,7 @@ def pictures_of(observations: Any) -> dict[str, np.ndarray]:
     fits = array.ndim == 4 and array.shape[-1] in (1, 3) and array.dtype == np.uint8
     return {"": array} if fits else {}
 
-# %% ../../nbs/38_robots.ipynb #7ee8b992
+# %% ../../nbs/38_robots.ipynb #8ab11ced
 class MinariEpisodes:
     """A Minari data set on this machine.
 
@@ -226,7 +231,7 @@ class MinariEpisodes:
         return Recording(there[name], actions=self.rows(data.actions), rewards=data.rewards,
                          terminated=bool(data.terminations[-1]), task=self.task)
 
-# %% ../../nbs/38_robots.ipynb #bb5026e3
+# %% ../../nbs/38_robots.ipynb #ce5c4888
 def inside(root: Path, template: str, **numbers: int | str) -> Path:
     "A path in a data set, by its template. `UserError` for one that leads out of it, and for other fields."
     text = template
@@ -269,7 +274,7 @@ def png_frames(images: list[dict]) -> Iterator[np.ndarray]:
         with Image.open(io.BytesIO(image["bytes"])) as picture:
             yield np.asarray(picture.convert("RGB"))
 
-# %% ../../nbs/38_robots.ipynb #01eb3ebb
+# %% ../../nbs/38_robots.ipynb #770af262
 class LeRobotFolder:
     """A folder in layout v3 of LeRobot. Each instruction is a task.
 
@@ -329,7 +334,7 @@ class LeRobotFolder:
     def read(self, episode: str) -> Recording:
         return read_robot_episode(self, self.rows[episode])
 
-# %% ../../nbs/38_robots.ipynb #2c857013
+# %% ../../nbs/38_robots.ipynb #6e992d36
 def read_robot_episode(source: LeRobotFolder, row: JsonDict) -> Recording:
     "One episode of a LeRobot folder; `row`: of `meta/episodes`."
     number = row["episode_index"]
@@ -358,7 +363,7 @@ def read_robot_episode(source: LeRobotFolder, row: JsonDict) -> Recording:
     return Recording(frames, length, actions, rewards, times, bool(last.get("next.done") and success),
                      task=source._task_of(source._words(row)))
 
-# %% ../../nbs/38_robots.ipynb #ba171802
+# %% ../../nbs/38_robots.ipynb #30540084
 FORMATS = ("videos", "hdf5", "npz", "minari", "lerobot")
 
 
