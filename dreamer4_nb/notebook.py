@@ -69,8 +69,8 @@ def _frame(figure: plt.Figure) -> str:
     drawn, packed = io.BytesIO(), io.BytesIO()
     _closed(figure).savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
-    few = picture.quantize(16).convert("RGB")
-    if np.abs(np.asarray(picture, int) - few).max() < 100:
+    few = picture.quantize(16, method=Image.Quantize.MAXCOVERAGE, kmeans=2).convert("RGB")
+    if np.abs(np.asarray(picture, int) - few).max() < 45:
         few.save(packed, format="webp", lossless=True, method=6)
     else:                                   # a film, in which a small ball would lose its color
         picture.save(packed, format="webp", quality=60, method=6)
@@ -210,6 +210,7 @@ def predict(question: str, choices: list[str], answer: str, why: str,
             button.button_style = "success" if button.description == answer else ""
         clicked.button_style = "success" if right else "danger"
         below.update(reason("Yes. " if right else "No. "))
+        last.update(Markdown("*drawing …*"))
         last.update(_closed(draw()))
 
     for button in buttons:

@@ -57,6 +57,19 @@ def test_the_answer_unlocks_the_figure(places, monkeypatch, choice, verdict):
     assert not plt.fignum_exists(drawn[0].number)       # or it would be shown twice
 
 
+def test_a_line_says_that_a_slow_figure_is_being_drawn(places, monkeypatch):
+    monkeypatch.setattr(notebook, "_somebody_is_here", lambda: True)
+    meanwhile = []
+
+    def draw():
+        meanwhile.extend(words(places))
+        return plt.figure()
+
+    predict("More?", ["more", "less"], "less", "It shrinks.", draw)[0].click()
+    assert meanwhile[-2:] == ["No. **less.** It shrinks.", "*drawing …*"]
+    assert "*drawing …*" not in words(places) and figures(places)
+
+
 def test_where_nobody_is_there_all_is_shown(places):
     drawn = []
     ask(drawn)
