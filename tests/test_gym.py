@@ -12,12 +12,14 @@ from dreamer4_nb.data.acting import act_episodes, as_row, choose_randomly, demon
 from dreamer4_nb.data.demonstrations import Collection, collect
 from dreamer4_nb.data.envs import VectorEnv, env_spec, make_env
 from dreamer4_nb.data.gym_env import as_played, chosen_of, gym_spec, one_hot, shrink, to_native, to_row
-from dreamer4_nb.data.stores import EpisodeStore
+from dreamer4_nb.data.stores import Episode, EpisodeStore
 from dreamer4_nb.data.tasks import TaskSpec, known_spec
 from dreamer4_nb.evaluation.closed_loop import RandomPolicy, evaluate_policy
+from dreamer4_nb.evaluation.metrics import pick_windows
 from dreamer4_nb.method.agent import AgentConfig, AgentHeads, Discrete
 from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.runs.presets import MICRO, TINY, resolve
+from dreamer4_nb.training.phases import check_measurable
 
 CARTPOLE = "gymnasium:CartPole-v1"
 
@@ -335,3 +337,18 @@ def test_the_whole_chain_on_discrete_actions(tmp_path):
 
 def push(env, random):
     return int(env.env.unwrapped.state[2] > 0)
+
+
+def test_a_task_that_is_solved_from_the_start_can_be_measured(tmp_path):
+    "Balancing begins balanced; a task that begins unsolved must have such a beginning."
+    def store(name, rewards):
+        kept = EpisodeStore.create(tmp_path / name, CORRIDOR, 1, (2, 3), 0, "latents", "float16")
+        for row in rewards:
+            kept.append(Episode(np.zeros((12, 1)), np.array(row, float), latents=np.zeros((12, 2, 3))))
+        return kept.finish()
+
+    always, never_long = store("a.zarr", [[0] + [1] * 11] * 2), store("b.zarr", [[0, 0] + [1] * 10] * 2)
+    check_measurable(always, 4, 8)
+    assert len(pick_windows(always, 4, 8, 5, 0)) == 5
+    with pytest.raises(UserError, match="not solved"):
+        check_measurable(never_long, 4, 8)

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LABELS', 'led_to', 'window_index', 'weighted_epoch', 'Sampler', 'even_chances', 'equal_shares', 'weighted_chances',
-           'focus_chances', 'WindowIndex', 'index_windows', 'active_windows', 'window_chances', 'hold_observation',
-           'read_rows', 'live_dimensions', 'WindowColumns', 'window_masks', 'read_batch', 'used_shares', 'shares_line',
-           'hidden_rows', 'check_labels', 'Windows']
+           'focus_chances', 'WindowIndex', 'index_windows', 'always_solved', 'active_windows', 'window_chances',
+           'hold_observation', 'read_rows', 'live_dimensions', 'WindowColumns', 'window_masks', 'read_batch',
+           'used_shares', 'shares_line', 'hidden_rows', 'check_labels', 'Windows']
 
 # %% ../../nbs/32_windows.ipynb #daa6c835
 import reprlib
@@ -23,7 +23,7 @@ from ..core import Batch, UserError, step_generator, to_float
 from ..inputs import COUNT, NATURAL, NOT_NEGATIVE, SHARE
 from .arrays import JoinedArrays, StoreArrays
 from .stores import EpisodeStore
-from .tasks import solved
+from .tasks import TaskSpec, solved
 
 # %% ../../nbs/32_windows.ipynb #cell-15
 def _shift_down(x: np.ndarray) -> np.ndarray:
@@ -201,6 +201,12 @@ def index_windows(store: EpisodeStore, length: int, pad: bool) -> WindowIndex:
     return WindowIndex(length, episode_index, first_frame, starts, real, padded)
 
 # %% ../../nbs/32_windows.ipynb #804f4615
+def always_solved(spec: TaskSpec, store: EpisodeStore) -> bool:
+    "Whether every episode is solved from its first decision on: a task of keeping, as balancing is."
+    first_rows = np.cumsum(store.lengths) - store.lengths
+    return bool(solved(spec, store.column("rewards")[first_rows + 1]).all())
+
+
 def active_windows(store: EpisodeStore, index: WindowIndex) -> np.ndarray:
     "Whether each window's task is not yet solved in its middle frame (W,) bool."
     window_tasks = store.task_ids[index.episode_index]

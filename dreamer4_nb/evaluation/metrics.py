@@ -20,7 +20,7 @@ from ..core import (Batch, RowGenerators, UserError, autocast, inference_dtype,
 from ..data.envs import object_pixels
 from ..data.tasks import solved
 from ..data.stores import Episode, EpisodeStore
-from ..data.windows import Windows
+from ..data.windows import Windows, always_solved
 from .ball import BALL_IMAGE, BALL_SCORE, ball_metrics, ball_position
 from ..method.generation import WorldModel, rollout
 from ..method.streams import LONGEST, decode_stream, encode_stream
@@ -215,8 +215,8 @@ def pick_windows(latents: EpisodeStore, prefix: int, length: int, windows: int, 
     rewards = index.store.arrays.column("rewards")
     first_frames = index.starts[:, None] + np.arange(prefix)
     unsolved = ~solved(task, rewards[first_frames]).any(1)
-    if task.solved_at is None and not unsolved.any():
-        unsolved[:] = True  # a reward in every frame says nothing of a success
+    if always_solved(task, index.store):
+        unsolved[:] = True  # a task of keeping what is solved from the start
     order = np.random.default_rng(seed).permutation(np.flatnonzero(unsolved))
     if len(order) == 0:
         raise UserError(f"no window of {length} frames begins with {prefix} in which the task is not solved; "

@@ -25,7 +25,7 @@ from ..data.latents import encode_latents
 from ..data.mixtures import Mixture
 from ..data.stores import EpisodeStore
 from ..data.tasks import solved
-from ..data.windows import Windows
+from ..data.windows import Windows, always_solved
 from ..method.agent import AgentConfig, AgentHeads, ScalarHead, agent_loss, covering_range
 from ..method.dynamics import Dynamics, DynamicsConfig, dynamics_loss, set_latent_statistics
 from ..method.generation import WorldModel
@@ -123,7 +123,7 @@ def check_measurable(held_out: EpisodeStore, prefix: int, length: int) -> None:
             raise UserError(f"no held-out episode of {task} has the {length} frames of a dream (the longest "
                             f"has {own.lengths.max()}); hold out more, give longer ones, or shorter dreams")
         found = any(np.convolve(begin, np.ones(prefix), "valid").max() == prefix for begin in begins)
-        if not found and spec.solved_at is not None:
+        if not found and not always_solved(spec, own):
             raise UserError(f"no held-out episode of {task} has {prefix} frames in a row, {length - prefix} "
                             "before its end, in which the task is not solved, and dreams are measured from "
                             "such; hold out more, or give episodes that begin unsolved")
