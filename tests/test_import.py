@@ -14,7 +14,7 @@ from helpers import sources
 
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data.adapters import (JOURNAL, Contents, ImportSettings, Recording, align_rows, alignment_warning, check_times, fit_frame,
-                                       frame_pieces, import_dataset, lag_r2, one_hot, scale_actions)
+                                       frame_pieces, import_dataset, lag_r2, choice_rows, scale_actions)
 from dreamer4_nb.data.arrays import LOCK
 from dreamer4_nb.data.stores import EpisodeStore, verify
 from dreamer4_nb.data.tasks import TaskSpec
@@ -169,9 +169,9 @@ def test_the_spaces_of_gymnasium_become_specs():
     assert (spec.action_dim, spec.low) == (4, ()) and rows(np.zeros((5, 2, 2))).shape == (5, 4)
     assert robots.spec_of_space(spaces.Box(-1, 1, (3,)))[0] == TaskSpec(3)
     spec, rows = robots.spec_of_space(spaces.MultiDiscrete([3, 2], start=[1, 0]))
-    assert spec.choices == (3, 2) and one_hot(rows(np.array([[3, 0], [1, 1]])), spec.choices).tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
+    assert spec.choices == (3, 2) and choice_rows(rows(np.array([[3, 0], [1, 1]])), spec.choices).tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
     spec, rows = robots.spec_of_space(spaces.MultiBinary(2))
-    assert spec.choices == (2, 2) and one_hot(rows(np.array([[1, 0]])), spec.choices).tolist() == [[0, 1, 1, 0]]
+    assert spec.choices == (2, 2) and choice_rows(rows(np.array([[1, 0]])), spec.choices).tolist() == [[0, 1, 1, 0]]
     with pytest.raises(UserError, match="space Text"):
         robots.spec_of_space(spaces.Text(3))
 
@@ -260,10 +260,10 @@ def test_led_to_rows_may_begin_with_nothing(tmp_path):
 
 
 def test_several_choices_and_their_bounds():
-    assert one_hot(np.array([[1, 0]]), (2, 3)).tolist() == [[0, 1, 1, 0, 0]]
+    assert choice_rows(np.array([[1, 0]]), (2, 3)).tolist() == [[0, 1, 1, 0, 0]]
     for wrong in ([[2, 0]], [[-1, 0]], [[0.5, 0]], [[0]]):
         with pytest.raises(UserError):
-            one_hot(np.array(wrong), (2, 3))
+            choice_rows(np.array(wrong), (2, 3))
     spec = TaskSpec(2, low=(0, 10), high=(1, 20))
     assert scale_actions([[0.5, 20]], spec, SMALL).tolist() == [[0, 1]]
 

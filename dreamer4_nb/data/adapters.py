@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Side', 'PIECE_BYTES', 'JOURNAL', 'HELD_FRAMES', 'LAGS', 'LAG_FRAMES', 'COARSE', 'RIDGES', 'Recording', 'Contents',
-           'DatasetAdapter', 'fit_frame', 'ImportSettings', 'one_hot', 'scale_actions', 'align_rows', 'check_times',
+           'DatasetAdapter', 'fit_frame', 'ImportSettings', 'choice_rows', 'scale_actions', 'align_rows', 'check_times',
            'frame_pieces', 'recorded_episodes', 'write_notes', 'read_notes', 'safely', 'ImportWriter',
            'fitting_episodes', 'flush', 'ridge_r2', 'lag_r2', 'alignment_warning', 'ImportReport', 'take_all',
            'import_dataset']
@@ -25,6 +25,7 @@ from tqdm import tqdm
 from ..core import JsonDict, UserError
 from ..inputs import Positive, Range, check_fields, local_path, read_json_lines, to_dict
 from .arrays import atomic_store, exists, one_line, resumable_store, write_errors
+from .gym_env import one_hot
 from .stores import Episode, EpisodeStore, check_episode
 from .tasks import TaskSpec
 from .windows import led_to
@@ -112,7 +113,7 @@ class ImportSettings:
         check_fields(self)
 
 # %% ../../nbs/36_adapters.ipynb #4bd0e71b
-def one_hot(chosen: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
+def choice_rows(chosen: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
     """Choices as rows (n, sum of `choices`), a block for each.
 
     chosen: (n, k) whole numbers, counted from 0; (n,) for one choice.
@@ -125,8 +126,7 @@ def one_hot(chosen: np.ndarray, choices: tuple[int, ...]) -> np.ndarray:
     if (chosen < 0).any() or (chosen >= np.array(choices)).any():
         raise UserError(f"actions reach from {chosen.min():.0f} to {chosen.max():.0f}; expected 0 to "
                         f"{' and '.join(str(n - 1) for n in choices)}")
-    whole = chosen.astype(np.int64)
-    return np.concatenate([np.eye(n, dtype=np.float32)[whole[:, k]] for k, n in enumerate(choices)], 1)
+    return one_hot(choices, chosen)
 
 
 def scale_actions(actions: np.ndarray, spec: TaskSpec, settings: ImportSettings) -> np.ndarray:
@@ -141,7 +141,7 @@ def scale_actions(actions: np.ndarray, spec: TaskSpec, settings: ImportSettings)
         row = np.argwhere(~np.isfinite(actions))[0][0]
         raise UserError(f"actions have NaN or infinity in row {row}")
     if spec.kind == "discrete":
-        return one_hot(actions, spec.choices)
+        return choice_rows(actions, spec.choices)
     actions = actions.reshape(len(actions), -1)
     if actions.shape[1] != spec.action_dim:
         raise UserError(f"actions have {actions.shape[1]} numbers; expected {spec.action_dim}")

@@ -24,8 +24,9 @@ from ..inputs import COUNT, SEED, Range
 
 # %% ../../nbs/26_gym_env.ipynb #d4842ca2
 PREFIX = "gymnasium:"
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # many environments draw with pygame
 if not os.environ.get("DISPLAY"):
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else pygame, with which many draw, asks for a screen
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else it asks for a screen
 
 
 def open_gym(task: str) -> gymnasium.Env:
@@ -67,12 +68,10 @@ def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 # %% ../../nbs/26_gym_env.ipynb #8d523045
-def one_hot(choices: tuple[int, ...], chosen: Sequence[int]) -> np.ndarray:
-    "A row (sum of the options,) float32 with a 1 for what was chosen of each choice."
-    row = np.zeros(sum(choices), np.float32)
-    starts = np.cumsum((0, *choices))[:-1]
-    row[starts + np.asarray(chosen, int)] = 1
-    return row
+def one_hot(choices: tuple[int, ...], chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+    "Rows (..., sum of the options) float32 with a 1 for what was chosen (..., k) of each of k choices."
+    whole = np.asarray(chosen, int)
+    return np.concatenate([np.eye(n, dtype=np.float32)[whole[..., k]] for k, n in enumerate(choices)], -1)
 
 
 def chosen_of(choices: tuple[int, ...], row: np.ndarray) -> np.ndarray:
