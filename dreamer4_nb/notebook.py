@@ -70,9 +70,9 @@ def _frame(figure: plt.Figure) -> str:
     _closed(figure).savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
     few = picture.quantize(16, method=Image.Quantize.MAXCOVERAGE, kmeans=2).convert("RGB")
-    if np.abs(np.asarray(picture, int) - few).max() < 45:
+    if np.abs(np.asarray(picture, int) - few).max(2).mean() < 2:
         few.save(packed, format="webp", lossless=True, method=6)
-    else:                                   # a film, in which a small ball would lose its color
+    else:                                   # a film, which would get bands
         picture.save(packed, format="webp", quality=60, method=6)
     return "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
 
