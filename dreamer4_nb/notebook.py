@@ -70,9 +70,9 @@ def _frame(figure: plt.Figure) -> str:
     _closed(figure).savefig(drawn, format="png")
     picture = Image.open(drawn).convert("RGB")
     few = picture.quantize(16, method=Image.Quantize.MAXCOVERAGE, kmeans=2).convert("RGB")
-    if np.abs(np.asarray(picture, int) - few).max() < 45:
+    if np.abs(np.asarray(picture, int) - few).max(2).mean() < 2:
         few.save(packed, format="webp", lossless=True, method=6)
-    else:                                   # a film, in which a small ball would lose its color
+    else:                                   # a film, which would get bands
         picture.save(packed, format="webp", quality=60, method=6)
     return "data:image/webp;base64," + base64.b64encode(packed.getvalue()).decode()
 
@@ -96,12 +96,14 @@ const box = this.closest('div'), sliders = [...box.querySelectorAll('input')];
 sliders.forEach(s => s.nextElementSibling.textContent = JSON.parse(s.dataset.labels)[s.value]);
 box.querySelector('img').src = JSON.parse(box.dataset.frames)[sliders.map(s => s.value).join()];
 """
+_SCRIPTS_RUN = "this.closest('div').querySelector('em').hidden = true;"
 
 
 def still_page(draw: Callable[..., plt.Figure], moving: Sequence[str],
                widgets: dict[str, ipywidgets.Widget]) -> str:
     """HTML with a slider for each widget named in `moving`; the others keep their values. It needs no kernel
-    and no other file. UserError if it is larger than 150 KB."""
+    and no other file. Where scripts are removed, as in a notebook that is not trusted, a note says what to do.
+    UserError if it is larger than 150 KB."""
     values = {name: widget.value for name, widget in widgets.items()}
     positions = {name: _positions(widgets[name]) for name in moving}
     frames = {}
@@ -117,7 +119,9 @@ def still_page(draw: Callable[..., plt.Figure], moving: Sequence[str],
                     f'data-labels="{html.escape(json.dumps(labels))}" oninput="{html.escape(_CHOOSE)}"> '
                     f'<output>{html.escape(labels[start[-1]])}</output></label><br>')
     first = frames[",".join(map(str, start))]
-    page = f'<div data-frames="{html.escape(json.dumps(frames))}">{"".join(rows)}<img src="{first}"></div>'
+    note = "<em>The sliders move when you run this cell or trust the notebook.<br></em>" if rows else ""
+    picture = f'<img src="{first}" onload="{_SCRIPTS_RUN if rows else ""}">'
+    page = f'<div data-frames="{html.escape(json.dumps(frames))}">{note}{"".join(rows)}{picture}</div>'
     if len(page) > _STILL_BYTES:
         raise UserError(f"{len(frames)} frames take {len(page) / 1000:.0f} KB, more than "
                         f"{_STILL_BYTES / 1000:.0f} KB; give the sliders fewer positions or draw smaller")

@@ -121,4 +121,15 @@ def test_the_sliders_move_without_a_kernel(page):
         assert tab.locator("img").get_attribute("src") == frames["2,1"]
         assert tab.locator("output").all_text_contents() == ["2", "long"]
         assert tab.evaluate("document.querySelector('img').naturalWidth") > 0
+        assert not tab.get_by_text("trust the notebook").is_visible()
         assert not complaints
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium; on Debian or Ubuntu type: sudo apt-get install chromium")
+def test_where_scripts_are_removed_a_note_says_how_to_move_the_sliders(page):
+    playwright = pytest.importorskip("playwright.sync_api")
+    explore(dot, still=["x"], x=(0, 3))
+    with playwright.sync_playwright() as driver, driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]) as browser:
+        tab = browser.new_context(java_script_enabled=False).new_page()
+        tab.set_content(still(page))
+        assert tab.get_by_text("run this cell or trust the notebook").is_visible()

@@ -95,7 +95,7 @@ def check_quiet_registers(quiet_registers: Callable) -> None:
     for counts in ((3, 2, 1, 1), (4, 1, 2, 3)):
         groups = tuple(zip(("latent", "register", "signal", "action"), counts))
         layout = quiet_registers(groups)
-        if not isinstance(layout, TokenLayout):
+        if type(layout).__name__ != "TokenLayout":     # the lesson defines the class anew
             raise Wrong(f"your function returned {type(layout).__name__}; expected a TokenLayout")
         if layout.groups != groups:
             raise Wrong("the groups of your layout are not those that it was given")
