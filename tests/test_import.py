@@ -1,5 +1,6 @@
 """Recordings of other programs become stores; what does not fit is refused by name, and nothing of it is run."""
 import json
+import os
 import shutil
 import tracemalloc
 import zipfile
@@ -363,6 +364,31 @@ def hostile_videos(folder):
     shutil.copy(where / "0.mp4", where / "ragged.mp4")
     (where / "ragged.csv").write_text("1,2\n3\n", encoding="utf-8")
     return str(where), {"cut.mp4", "empty.mp4", "playlist.mp4", "concat.mkv", "pickle.mp4", "words.mp4", "ragged.mp4"}
+
+
+class Evil:
+    "Unpickled, it makes a folder."
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_nothing_is_unpickled(tmp_path, capfd):
+    trace = tmp_path / "it ran"
+    where = sources.videos(tmp_path, episodes=2)
+    np.save(where + "/1.npy", np.array([Evil(trace)], dtype=object), allow_pickle=True)
+    report = import_dataset(open_adapter("videos", where), tmp_path / "x.zarr", SMALL, progress=False)
+    assert set(report.refused) == {"1.mp4"} and not trace.exists()
+    for name in ("frames", "actions"):
+        columns = {"frames": np.zeros((2, 5, 8, 8, 3), np.uint8), "actions": np.zeros((2, 5, 1))}
+        np.savez(tmp_path / f"{name}.npz", **columns | {name: np.array([Evil(trace)], dtype=object)})
+        assert main(["import", "npz", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "y.zarr")]) == 2
+        assert not trace.exists()
+    with pytest.raises(FileExistsError):        # the test can fail: unpickled twice, it fails itself
+        for _ in range(2):
+            np.load(where + "/1.npy", allow_pickle=True)
 
 
 def hostile_hdf5(folder):
