@@ -213,7 +213,7 @@ def predict(question: str, choices: list[str], answer: str, why: str,
             button.disabled = True
             button.button_style = "success" if button.description == answer else ""
         clicked.button_style = "success" if right else "danger"
-        below.update(reason("Yes. " if right else "No. "))
+        below.update(reason("Right. " if right else "Wrong. "))
         last.update(Markdown("*drawing …*"))
         last.update(_closed(draw()))
 
