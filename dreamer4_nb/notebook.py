@@ -102,8 +102,8 @@ _SCRIPTS_RUN = "this.closest('div').querySelector('em').hidden = true;"
 def still_page(draw: Callable[..., plt.Figure], moving: Sequence[str],
                widgets: dict[str, ipywidgets.Widget]) -> str:
     """HTML with a slider for each widget named in `moving`; the others keep their values. It needs no kernel
-    and no other file. Where scripts are removed, as in a notebook that is not trusted, a note says what to do.
-    UserError if it is larger than 150 KB."""
+    and no other file. Where scripts are removed, as in a notebook that is not trusted, a note says what to
+    do. UserError if it is larger than 150 KB."""
     values = {name: widget.value for name, widget in widgets.items()}
     positions = {name: _positions(widgets[name]) for name in moving}
     frames = {}
