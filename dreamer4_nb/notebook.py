@@ -102,8 +102,8 @@ _SCRIPTS_RUN = "this.closest('div').querySelector('em').hidden = true;"
 def still_page(draw: Callable[..., plt.Figure], moving: Sequence[str],
                widgets: dict[str, ipywidgets.Widget]) -> str:
     """HTML with a slider for each widget named in `moving`; the others keep their values. It needs no kernel
-    and no other file. Where scripts are removed, as in a notebook that is not trusted, a note says what to do.
-    UserError if it is larger than 150 KB."""
+    and no other file. Where scripts are removed, as in a notebook that is not trusted, a note says what to
+    do. UserError if it is larger than 150 KB."""
     values = {name: widget.value for name, widget in widgets.items()}
     positions = {name: _positions(widgets[name]) for name in moving}
     frames = {}
@@ -213,7 +213,7 @@ def predict(question: str, choices: list[str], answer: str, why: str,
             button.disabled = True
             button.button_style = "success" if button.description == answer else ""
         clicked.button_style = "success" if right else "danger"
-        below.update(reason("Yes. " if right else "No. "))
+        below.update(reason("Right. " if right else "Wrong. "))
         last.update(Markdown("*drawing …*"))
         last.update(_closed(draw()))
 

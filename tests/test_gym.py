@@ -304,8 +304,8 @@ def test_a_preset_takes_its_policy_from_the_data(tmp_path):
     assert (preset.agent.model.policy, preset.agent.model.choices) == ("discrete", (2,))
     collect(tmp_path / "b.zarr", Collection("gymnasium:Pendulum-v1", episodes=2, decisions=4, by="random", image=8),
             0, False)
-    with pytest.raises(UserError, match="runs of their own"):
-        resolve(replace(TINY, tasks=(CORRIDOR, "gymnasium:Pendulum-v1"), data=str(tmp_path / "*.zarr")))
+    both = resolve(replace(TINY, tasks=(CORRIDOR, "gymnasium:Pendulum-v1"), data=str(tmp_path / "*.zarr")))
+    assert (both.agent.model.policy, both.agent.model.action_dims) == ("categorical", (2, 1))
 
 
 def test_the_random_policy_takes_each_option():

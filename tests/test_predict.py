@@ -45,7 +45,7 @@ def figures(places):
     return [place.content for place in places if isinstance(place.content, plt.Figure)]
 
 
-@pytest.mark.parametrize("choice, verdict", [("less", "Yes. **less.** It shrinks."), ("more", "No. **less.** It shrinks.")])
+@pytest.mark.parametrize("choice, verdict", [("less", "Right. **less.** It shrinks."), ("more", "Wrong. **less.** It shrinks.")])
 def test_the_answer_unlocks_the_figure(places, monkeypatch, choice, verdict):
     monkeypatch.setattr(notebook, "_somebody_is_here", lambda: True)
     drawn = []
@@ -66,7 +66,7 @@ def test_a_line_says_that_a_slow_figure_is_being_drawn(places, monkeypatch):
         return plt.figure()
 
     predict("More?", ["more", "less"], "less", "It shrinks.", draw)[0].click()
-    assert meanwhile[-2:] == ["No. **less.** It shrinks.", "*drawing …*"]
+    assert meanwhile[-2:] == ["Wrong. **less.** It shrinks.", "*drawing …*"]
     assert "*drawing …*" not in words(places) and figures(places)
 
 

@@ -167,14 +167,13 @@ def _shift_seed(phase: Phase, seed: int, **changes: Any) -> Phase:
 
 
 def _discrete_policy(specs: dict[str, TaskSpec]) -> dict[str, Any]:
-    """What the head of a policy needs for discrete actions; empty for tasks with continuous ones.
+    """What the head of a policy needs if all tasks have the same discrete actions; else empty.
 
-    `UserError` for tasks of both kinds, or with different choices: one head cannot serve them."""
+    Tasks of several kinds keep the preset's own head, which reads each number of a choice by itself."""
     choices = {spec.choices for spec in specs.values() if spec.action_dim}
-    if len(choices) > 1:
-        raise UserError(f"tasks {', '.join(specs)} have different kinds of actions or different choices "
-                        f"({', '.join(map(str, choices))}); train them in runs of their own")
-    return {"policy": DISCRETE, "choices": choices.pop()} if any(choices) else {}
+    if len(choices) != 1 or not any(choices):
+        return {}
+    return {"policy": DISCRETE, "choices": choices.pop()}
 
 
 def resolve(preset: Preset, instead: tuple[Path, ...] = ()) -> Preset:
