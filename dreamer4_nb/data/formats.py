@@ -167,7 +167,7 @@ def read_labels(video: Path) -> tuple[np.ndarray, np.ndarray | None] | None:
 
 # %% ../../nbs/37_formats.ipynb #061e9ca4
 def extremes(labels: tuple[np.ndarray, np.ndarray | None] | None) -> list:
-    "Labels with only two rows of actions, the least and largest; all files of a task would not fit in memory."
+    "Labels with only two rows of actions, the least and the largest; all files would not fit in memory."
     if labels is None or not labels[0].size or labels[0].dtype.kind not in "fiub":
         return []
     actions, rewards = labels
@@ -187,7 +187,7 @@ def _spec_of_labels(found: list[tuple[np.ndarray, np.ndarray | None]], rate: flo
         return TaskSpec(options, kind="discrete", choices=(options,), frame_rate=rate, scored=scored)
     return TaskSpec(width, frame_rate=rate, scored=scored, **range_of(alike))
 
-
+# %% ../../nbs/37_formats.ipynb #446af1cc
 class VideoFolder:
     """A folder of videos, at any depth. Videos of one folder belong to one task, which has its name.
 
