@@ -465,7 +465,8 @@ def alignment_warning(task: str, r2: dict[int, float]) -> str:
     if best == 0 or r2[best] < 0.1 or r2[best] < r2[0] + 0.1:
         return ""
     way = f"the row {-best} before" if best < 0 else f"the row {best} after"
-    remedy = {-1: "; if row t was taken at frame t, import with alignment at",
+    remedy = {-1: "; if row t was taken at frame t, import with alignment at (a simulator that shows a push "
+                  "one step late, as Gymnasium's CartPole, looks the same)",
               1: "; if row t led to frame t, import with alignment led_to"}.get(best, "")
     return (f"{task}: what happens from frame to frame fits the actions in {way} it (R² {r2[best]:.2f}) "
             f"better than those in its own (R² {r2[0]:.2f}): the alignment seems wrong{remedy}")
