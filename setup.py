@@ -31,7 +31,7 @@ setup(
     python_requires=f">={python}",
     install_requires=shlex.split(get("requirements")),
     extras_require={extra: shlex.split(get(f"{extra}_requirements"))
-                    for extra in ("video", "hdf5", "minari", "lerobot", "dev")},
+                    for extra in ("video", "hdf5", "minari", "lerobot", "gym", "dev")},
     entry_points={"console_scripts": shlex.split(get("console_scripts")),
                   "nbdev": [f"{lib_name}={lib_name}._modidx:d"]},
     zip_safe=False,

@@ -28,7 +28,9 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from dreamer4_nb.data.adapters import JOURNAL, Contents, ImportSettings, Recording, import_dataset
 from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.data.tasks import TaskSpec
 from dreamer4_nb.training.loop import fit
 from helpers.processes import ENVIRONMENT, HELPERS, torchrun_command
 from helpers.toy_training import loss_fn, make_batch, make_config, make_modules
@@ -190,6 +192,65 @@ def collections(folder: Path, rng: random.Random, tally: Tally) -> None:
                 tally.wrong.append(f"{name} differs")
 
 
+class SlowFilms:
+    "Forty recordings of 3 to 32 frames, every eighth of which cannot be read."
+    def contents(self) -> Contents:
+        return Contents({task: TaskSpec(2, scored=False) for task in ("push", "pull")}, [str(n) for n in range(40)])
+
+    def read(self, episode: str) -> Recording:
+        number = int(episode)
+        if number % 8 == 5:
+            raise RuntimeError("damaged")
+        n = 3 + 7 * number % 30
+        def frames():
+            for t in range(n):
+                time.sleep(0.001)
+                yield np.full((12, 16, 3), number + t, np.uint8)
+        actions = np.random.default_rng(number).uniform(-1, 1, (n, 2))
+        return Recording(frames(), n, actions, task="push" if number % 3 else "pull")
+
+
+def same_imports(a: Path, b: Path) -> bool:
+    return same_stores(a, b) and (a / JOURNAL).read_bytes() == (b / JOURNAL).read_bytes()
+
+
+def imports(folder: Path, rng: random.Random, tally: Tally) -> None:
+    "Imports in forks of this process, and `dreamer4 import` of an .npz: each goes on in the middle of a recording."
+    def bring(path: Path) -> None:
+        import_dataset(SlowFilms(), path, ImportSettings(image=16, longest=10), progress=False)
+
+    bring(folder / "unbroken.zarr")
+    for number in range(8):
+        path = folder / f"forked-{number}.zarr"
+        for _ in range(8):
+            if not path.exists():
+                forked(lambda path=path: bring(path), rng.choice([KILL, KILL, TERM]), rng.uniform(0.02, 0.6), tally)
+        if not path.exists():
+            bring(path)
+        if not same_imports(folder / "unbroken.zarr", path):
+            tally.wrong.append(f"{path.name} differs")
+
+    films = np.random.default_rng(0).integers(0, 256, (60, 60, 96, 96, 3), dtype=np.uint8)
+    np.savez_compressed(folder / "films.npz", frames=films, actions=np.zeros((60, 60, 2), np.float32))
+
+    def command(name: str) -> list[str]:
+        return [*COMMAND, "import", "npz", str(folder / "films.npz"), "--out", str(folder / name), "--longest", "25"]
+
+    finish(command("whole.zarr"), tally)
+    for number in range(3):
+        name = f"killed-{number}.zarr"
+        for _ in range(6):
+            if not (folder / name).exists():
+                hit(start(command(name)), rng.choice([KILL, TERM, INT]), rng.uniform(4, 12), tally)
+        if not (folder / name).exists():
+            finish(command(name), tally)
+        if not same_imports(folder / "whole.zarr", folder / name):
+            tally.wrong.append(f"{name} differs")
+    left = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    if left:
+        tally.wrong.append(f"left behind: {left}")
+
+
 def chains(folder: Path, rng: random.Random, tally: Tally) -> None:
     "`dreamer4 demo`, killed in any phase."
     def command(name: str) -> list[str]:
@@ -241,7 +302,7 @@ def sharded_stops(folder: Path, rng: random.Random, tally: Tally) -> None:
             tally.wrong.append(f"sharded run {number} ended with other weights")
 
 
-KINDS = {"training": trainings, "appending": appends, "collecting": collections, "chain": chains, "sharded": sharded_stops}
+KINDS = {"training": trainings, "appending": appends, "collecting": collections, "importing": imports, "chain": chains, "sharded": sharded_stops}
 
 
 def run_all() -> int:

@@ -207,7 +207,6 @@ def test_free_settings_are_one_list():
 UNFIT = [
     (dict(qualities=("poor", "random")), [], "expert or medium", "poor"),
     (dict(qualities=("unknown",)), [], "expert or medium", "8 unknown|6 unknown"),
-    (dict(rewards=2.0), [], "solved", "begin unsolved"),
     ({}, ["--agent.model.policy", "bernoulli"], "bernoulli", "actions"),
     (dict(length=8), [], "8 frames", "longer episodes"),
     (dict(length=9), ["--imagination.model.context", "12"], "has 9", "longer episodes"),

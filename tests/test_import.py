@@ -1,23 +1,27 @@
 """Recordings of other programs become stores; what does not fit is refused by name, and nothing of it is run."""
 import json
+import os
 import shutil
 import tracemalloc
 import zipfile
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 from helpers import sources
 
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data.adapters import (JOURNAL, Contents, ImportSettings, Recording, align_rows, alignment_warning, check_times, fit_frame,
-                                       frame_pieces, import_dataset, lag_r2, one_hot, scale_actions)
+                                       frame_pieces, import_dataset, lag_r2, choice_rows, scale_actions)
 from dreamer4_nb.data.arrays import LOCK
 from dreamer4_nb.data.stores import EpisodeStore, verify
 from dreamer4_nb.data.tasks import TaskSpec
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.method.generation import WorldModel, rollout
+from dreamer4_nb.runs import chain
 from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.runs.cli import main
 from dreamer4_nb.runs.presets import MICRO
@@ -161,6 +165,34 @@ def test_one_codec_or_another_gives_the_same_recording(tmp_path):
         assert a.shape == b.shape and np.abs(a - b).mean() < 3
 
 
+def test_the_spaces_of_gymnasium_become_specs():
+    spec, rows = robots.spec_of_space(spaces.Box(-np.inf, np.inf, (2, 2)))
+    assert (spec.action_dim, spec.low) == (4, ()) and rows(np.zeros((5, 2, 2))).shape == (5, 4)
+    assert robots.spec_of_space(spaces.Box(-1, 1, (3,)))[0] == TaskSpec(3)
+    spec, rows = robots.spec_of_space(spaces.MultiDiscrete([3, 2], start=[1, 0]))
+    assert spec.choices == (3, 2) and choice_rows(rows(np.array([[3, 0], [1, 1]])), spec.choices).tolist() == [[0, 0, 1, 1, 0], [1, 0, 0, 0, 1]]
+    spec, rows = robots.spec_of_space(spaces.MultiBinary(2))
+    assert spec.choices == (2, 2) and choice_rows(rows(np.array([[1, 0]])), spec.choices).tolist() == [[0, 1, 1, 0]]
+    with pytest.raises(UserError, match="space Text"):
+        robots.spec_of_space(spaces.Text(3))
+
+
+def test_a_video_whose_time_jumps_is_refused(tmp_path):
+    import av
+    folder = tmp_path / "push"
+    folder.mkdir()
+    with av.open(str(folder / "a.mp4"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.height, stream.width, stream.pix_fmt = 40, 48, "yuv420p"
+        for t, picture in enumerate(sources.film(0)[0]):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = t if t < 9 else t + 30, Fraction(1, 20)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    with pytest.raises(UserError, match="a.mp4, because time jumps from 0.400 to 1.950 s before frame 9"):
+        import_dataset(open_adapter("videos", str(folder)), tmp_path / "x.zarr", SMALL, progress=False)
+
+
 # Frames, actions, times.
 
 @pytest.mark.parametrize("frame, what", [(np.zeros((4, 5, 2), np.uint8), "shape"), (np.zeros((4, 5, 3), np.int32), "int32"), (np.zeros((0, 5, 3), np.uint8), "shape"),
@@ -229,10 +261,10 @@ def test_led_to_rows_may_begin_with_nothing(tmp_path):
 
 
 def test_several_choices_and_their_bounds():
-    assert one_hot(np.array([[1, 0]]), (2, 3)).tolist() == [[0, 1, 1, 0, 0]]
+    assert choice_rows(np.array([[1, 0]]), (2, 3)).tolist() == [[0, 1, 1, 0, 0]]
     for wrong in ([[2, 0]], [[-1, 0]], [[0.5, 0]], [[0]]):
         with pytest.raises(UserError):
-            one_hot(np.array(wrong), (2, 3))
+            choice_rows(np.array(wrong), (2, 3))
     spec = TaskSpec(2, low=(0, 10), high=(1, 20))
     assert scale_actions([[0.5, 20]], spec, SMALL).tolist() == [[0, 1]]
 
@@ -334,11 +366,41 @@ def hostile_videos(folder):
     return str(where), {"cut.mp4", "empty.mp4", "playlist.mp4", "concat.mkv", "pickle.mp4", "words.mp4", "ragged.mp4"}
 
 
+class Evil:
+    "Unpickled, it makes a folder."
+    def __init__(self, trace):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.trace),)
+
+
+def test_nothing_is_unpickled(tmp_path, capfd):
+    trace = tmp_path / "it ran"
+    where = sources.videos(tmp_path, episodes=2)
+    np.save(where + "/1.npy", np.array([Evil(trace)], dtype=object), allow_pickle=True)
+    report = import_dataset(open_adapter("videos", where), tmp_path / "x.zarr", SMALL, progress=False)
+    assert set(report.refused) == {"1.mp4"} and not trace.exists()
+    for name in ("frames", "actions"):
+        columns = {"frames": np.zeros((2, 5, 8, 8, 3), np.uint8), "actions": np.zeros((2, 5, 1))}
+        np.savez(tmp_path / f"{name}.npz", **columns | {name: np.array([Evil(trace)], dtype=object)})
+        assert main(["import", "npz", str(tmp_path / f"{name}.npz"), "--out", str(tmp_path / "y.zarr")]) == 2
+        assert not trace.exists()
+    with pytest.raises(FileExistsError):        # the test can fail: unpickled twice, it fails itself
+        for _ in range(2):
+            np.load(where + "/1.npy", allow_pickle=True)
+
+
 def hostile_hdf5(folder):
     import h5py
-    path = sources.hdf5(folder, 7)
+    path = sources.hdf5(folder, 10)
+    shutil.copy(path, folder / "other.hdf5")
     with h5py.File(path, "a") as file:
         data = file["data"]
+        del data["demo_7"], data["demo_8/obs"], data["demo_9"]
+        data["demo_7"] = h5py.ExternalLink("other.hdf5", "/data/demo_7")
+        data["demo_8/obs"] = h5py.ExternalLink("other.hdf5", "/data/demo_8/obs")
+        data["demo_9"] = h5py.SoftLink("/data/gone")
         del data["demo_1/obs/agentview_rgb"], data["demo_1/obs/eye_in_hand_rgb"]
         data["demo_1/obs/agentview_rgb"] = h5py.ExternalLink("/etc/passwd", "/x")
         del data["demo_2/actions"]
@@ -352,7 +414,7 @@ def hostile_hdf5(folder):
         layout[:] = h5py.VirtualSource("other.hdf5", "x", shape=(24, 2))
         del data["demo_6/actions"]
         data["demo_6"].create_virtual_dataset("actions", layout)
-    return path, {f"push_demo.hdf5/demo_{k}" for k in range(1, 7)}
+    return path, {f"push_demo.hdf5/demo_{k}" for k in range(1, 10)}
 
 
 def hostile_lerobot(folder):
@@ -527,7 +589,7 @@ def test_another_source_or_setting_does_not_go_on(tmp_path):
 
 
 def test_a_full_disk_is_no_refusal(tmp_path, monkeypatch):
-    monkeypatch.setattr(EpisodeStore, "append", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
+    monkeypatch.setattr(EpisodeStore, "extend", lambda *args: (_ for _ in ()).throw(UserError("no space left")))
     with pytest.raises(UserError, match="no space left"):
         bring(tmp_path, {"a": moving()})
 
@@ -552,3 +614,47 @@ def test_an_adapter_of_ones_own_by_name(tmp_path, monkeypatch, capfd):
     assert main(["import", "my_adapter:Noise", "3", "--out", str(tmp_path / "x.zarr"), "--image", "8"]) == 0
     assert "3 episodes, 15 frames" in capfd.readouterr().out
     assert robots.own_adapter("my_adapter:Noise", "3").n == 3
+
+
+# From an import to a run.
+
+@pytest.fixture
+def untrained(monkeypatch):
+    "Trainings that must not be called."
+    for part in ("tokenizer", "dynamics", "agent", "imagination"):
+        monkeypatch.setattr(chain, f"train_{part}", None)
+
+
+def test_a_demo_without_an_environment_is_refused_at_the_door(tmp_path, capfd, untrained):
+    store = str(tmp_path / "x.zarr")
+    assert main(["import", "npz", sources.npz(tmp_path), "--out", store, "--quality", "expert"]) == 0
+    assert main(["demo", "--preset", "micro", "--run", str(tmp_path / "run"), "--data", store, "--tasks"]) == 2
+    assert "no policy of push can act" in capfd.readouterr().err
+
+
+def test_imagination_asks_for_recorded_rewards_and_cloning_for_a_quality(tmp_path, capfd, untrained):
+    source = sources.videos(tmp_path)
+    for quality, why in (("unknown", "import with --quality expert"), ("expert", "the rewards of push in")):
+        store = str(tmp_path / f"{quality}.zarr")
+        assert main(["import", "videos", source, "--out", store, "--quality", quality]) == 0
+        preset = replace(MICRO, tasks=(), data=store)
+        with pytest.raises(UserError, match=why):
+            Run(tmp_path / quality, preset).train("imagination")
+
+
+def test_one_model_learns_imports_of_different_widths(tmp_path):
+    "Two numbers to an action, four choices, and films without any, imported and trained as one."
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for kind, source, task in (("npz", sources.npz(tmp_path), "arm"), ("minari", sources.minari(tmp_path), "keys"),
+                               ("videos", sources.videos(plain, "none"), "film")):
+        assert main(["import", kind, source, "--out", str(tmp_path / f"{task}.zarr"), "--task", task]) == 0
+    run = Run(tmp_path / "run", replace(MICRO, tasks=(), data=str(tmp_path / "*.zarr"), episodes=None, threads=1))
+    run.train("dynamics")
+    assert run.preset.tasks == ("arm", "film", "keys") and run.dynamics.config.mixed_widths
+    batch = Windows(run.latents[1], 8, 24)(0)
+    widths = dict(zip(batch.task.tolist(), batch.live.sum(1).tolist()))
+    assert widths == {0: 2, 1: 1, 2: 4} and not batch.action_known[batch.task == 1].any()
+    world = WorldModel(run.tokenizer, run.dynamics).eval()
+    dreamed = rollout(world, batch.latents, batch.actions, 4, torch.Generator().manual_seed(0), action_known=batch.action_known, live=batch.live)
+    assert torch.isfinite(dreamed).all()

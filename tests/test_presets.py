@@ -123,7 +123,7 @@ def test_all_fits_into_the_memory_it_is_meant_for(name):
 
 @pytest.mark.parametrize("name", sorted(PRESETS.keys() & SHAPES.keys()))
 def test_printed_costs_are_those_of_the_preset(name):
-    "Notebook 45 counts shapes; what it says holds for the preset, but for actions and scenes of several tasks."
+    "Notebook 50 counts shapes; what it says holds for the preset, but for actions and scenes of several tasks."
     shape, tokens = SHAPES[name], PRESETS[name].tokenizer
     found = presets.phase_shapes(PRESETS[name])
     assert found["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
@@ -165,7 +165,7 @@ def fits(monkeypatch):
 
 
 def run_phases(preset, store, folder, latents=None):
-    "All phases as notebook 50 calls them; with `latents` nothing is encoded."
+    "All phases as notebook 55 calls them; with `latents` nothing is encoded."
     def settings(name):
         phase = getattr(preset, name)
         rest = {k: v for k, v in vars(phase).items() if k not in ("model", "train")}
@@ -255,8 +255,8 @@ def test_every_phase_takes_two_steps(name, tmp_path, fits):
 
 
 def test_the_cost_table_counts_the_batches_of_the_presets():
-    "Notebook 43 comes before the presets, so it says their steps itself."
-    text = (Path(__file__).parents[1] / "nbs" / "46_memory.ipynb").read_text(encoding="utf-8")
+    "Notebook 48 comes before the presets, so it says their steps itself."
+    text = (Path(__file__).parents[1] / "nbs" / "51_memory.ipynb").read_text(encoding="utf-8")
     sources = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
     cell = next(source for source in sources if "BATCHES = " in source)
     said = ast.literal_eval(re.search(r"BATCHES = (\{.*?\})", cell)[1])

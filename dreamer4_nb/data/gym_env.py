@@ -9,6 +9,7 @@ __all__ = ['PREFIX', 'IMAGE', 'open_gym', 'one_hot', 'chosen_of', 'as_played', '
 # %% ../../nbs/26_gym_env.ipynb #5cf71095
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,6 +24,9 @@ from ..inputs import COUNT, SEED, Range
 
 # %% ../../nbs/26_gym_env.ipynb #d4842ca2
 PREFIX = "gymnasium:"
+os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # many environments draw with pygame
+if not os.environ.get("DISPLAY"):
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # else it asks for a screen
 
 
 def open_gym(task: str) -> gymnasium.Env:
@@ -31,11 +35,14 @@ def open_gym(task: str) -> gymnasium.Env:
     `UserError` if Gymnasium cannot make it, or it cannot draw itself."""
     name = task.removeprefix(PREFIX)
     try:
-        return gymnasium.make(name, render_mode="rgb_array")
-    except (gymnasium.error.Error, ImportError, TypeError, AttributeError) as error:
+        env = gymnasium.make(name, render_mode="rgb_array", disable_env_checker=True)
+    except Exception as error:  # the constructor of an environment may raise anything
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"Gymnasium cannot make {name}: {reason}; for an environment of another package write "
-                        "gymnasium:PACKAGE:ID, and install the package") from None
+        raise UserError(f"Gymnasium cannot make {name}: {reason}; for an environment of another package "
+                        "write gymnasium:PACKAGE:ID, and install the package") from None
+    if "rgb_array" not in env.metadata.get("render_modes", ()):
+        raise UserError(f"{name} cannot draw itself: it has no render mode rgb_array")
+    return env
 
 # %% ../../nbs/26_gym_env.ipynb #1757b8b7
 def _choices(space: spaces.Space) -> tuple[int, ...]:
@@ -61,12 +68,10 @@ def _bounds(space: spaces.Box) -> tuple[np.ndarray, np.ndarray]:
     return low, high
 
 # %% ../../nbs/26_gym_env.ipynb #8d523045
-def one_hot(choices: tuple[int, ...], chosen: Sequence[int]) -> np.ndarray:
-    "A row (sum of the options,) float32 with a 1 for what was chosen of each choice."
-    row = np.zeros(sum(choices), np.float32)
-    starts = np.cumsum((0, *choices))[:-1]
-    row[starts + np.asarray(chosen, int)] = 1
-    return row
+def one_hot(choices: tuple[int, ...], chosen: Sequence[int] | np.ndarray) -> np.ndarray:
+    "Rows (..., sum of the options) float32 with a 1 for what was chosen (..., k) of each of k choices."
+    whole = np.asarray(chosen, int)
+    return np.concatenate([np.eye(n, dtype=np.float32)[whole[..., k]] for k, n in enumerate(choices)], -1)
 
 
 def chosen_of(choices: tuple[int, ...], row: np.ndarray) -> np.ndarray:
@@ -146,7 +151,7 @@ def shrink(frame: np.ndarray, image: int) -> np.ndarray:
 
 # %% ../../nbs/26_gym_env.ipynb #fdb9a8df
 class GymEnv:
-    """A Gymnasium environment as frames. Made by `make_env` of 26_envs.
+    """A Gymnasium environment as frames. Made by `make_env` of 27_envs.
 
     A decision is `repeat` steps of the environment with the same action; its reward is their sum."""
 

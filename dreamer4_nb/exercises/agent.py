@@ -79,7 +79,7 @@ def check_targets(targets: Callable) -> None:
     chosen = torch.arange(1.0, 13).reshape(2, 6)
     paid = 100 + chosen
     answer = targets(chosen, paid, 3)
-    if not isinstance(answer, tuple) or len(answer) != 4:
+    if not isinstance(answer, (tuple, list)) or len(answer) != 4:
         raise Wrong("expected four tensors: `return actions, actions_inside, rewards, rewards_inside`")
     actions, actions_inside, rewards, rewards_inside = answer
 
@@ -98,6 +98,8 @@ def check_targets(targets: Callable) -> None:
         "actions: this is the alignment of the lesson; where does this store keep the action chosen at t?":
             shifted(chosen, 1),
         "actions: these targets lie in the past of h": held(*_arrived(chosen)),
+        "actions: your mask leaves out an action that the window holds":
+            torch.where(shifted(chosen, 0) == chosen[:, -1, None, None], 0.0, shifted(chosen, 0)),
     }
     otherwise = "actions: the numbers or the mask differ; which entry of `chosen` is decided at h?"
     compare(held(actions, actions_inside), shifted(chosen, 0), mistakes, otherwise)

@@ -67,6 +67,10 @@ def check_grouped_attention(grouped_attention: Callable) -> None:
         "the mask says who may look, yours says who may not":
             logits.masked_fill(mask, -torch.inf).softmax(-1) @ values,
         "the weights of a query must add up to 1 over what it sees": late @ values,
+        "some numbers are nan: no query may see key 1; over which axis does your softmax run?":
+            logits.masked_fill(~mask, -torch.inf).softmax(-2) @ values,
+        "a product with the mask makes a logit 0, and a key with logit 0 still gets weight":
+            (logits * mask).softmax(-1) @ values,
         "the softmax runs over the queries; each query needs weights over the keys":
             logits.masked_fill(~mask, -torch.inf).softmax(-2).nan_to_num() @ values,
     }
@@ -121,7 +125,10 @@ def check_anchored_mask(anchored_mask: Callable) -> None:
                 (every <= new) & ((every >= new - context) | (every < anchors)),
             "rows look and columns are seen": right.mT if t == past + t else right,
         }
+        number = past
+        if isinstance(answer, Tensor) and answer.shape == right.shape and not torch.equal(answer, right):
+            number += int((answer != right).any(1).nonzero()[0])
         compare(answer.double() if isinstance(answer, Tensor) else answer, right.double(),
                 {hint: value.double() for hint, value in mistakes.items()},
                 f"for t = {t}, past = {past}, context = {context}, anchors = {anchors} the mask differs; "
-                f"who may the last frame look at?")
+                f"who may frame {number} look at?")

@@ -32,14 +32,22 @@ def check_ring_step(ring_step: Callable) -> None:
         in_window = range(max(0, f - context + 1), f + 1)
         kept = all((keys == k[:, old, None]).all(-1).any(1).all() for old in in_window)
         if f < context - 1:
-            otherwise = f"frame {f} is wrong: the ring is not full yet; what is in its other slots?"
+            otherwise = (f"frame {f} is wrong: the ring is not full yet; what is in its other slots, "
+                         "and does the frame see itself?")
         elif f == context - 1:
             otherwise = f"frame {f} is the first that sees a full ring; yours differs"
         else:
             otherwise = f"frame {f} is wrong: the window rolls from frame {context} on; which slot is free?"
+        if isinstance(answer, Tensor) and answer.isnan().any():
+            raise Wrong(f"frame {f} is nan: its query may look at nothing; does the frame see itself?")
+        shown = [old for old in in_window if old % context <= f % context]
+        hidden = attend(q[:, new], k[:, shown], v[:, shown])
         mistakes = {}
         if f:
             mistakes["a frame sees itself too; write its key and value first"] = without_itself[:, f - 1:f]
+        if f >= context:
+            hint = f"frame {f} is wrong: the ring is full by now; which of its slots does your mask hide?"
+            mistakes[hint] = hidden
         compare(answer, whole[:, new], mistakes, otherwise)
         if not kept:
             raise Wrong(f"frame {f} is right, but a frame that is still in the window has left the ring")
@@ -48,7 +56,7 @@ def check_ring_step(ring_step: Callable) -> None:
 @exercise
 def check_memory(memory: Callable) -> None:
     "Exercise 2: `memory(config)` is the number of frames that can influence the output, this one included."
-    for depth, time_every, context in ((4, 2, 3), (3, 1, 2), (8, 4, 6), (6, 1, 8), (5, 2, 5), (4, 5, 3)):
+    for depth, time_every, context in ((4, 2, 4), (3, 1, 2), (8, 4, 6), (6, 1, 8), (5, 2, 5), (4, 5, 3)):
         config = TransformerConfig(depth=depth, time_every=time_every, context=context)
         n_time = sum(config.is_time(layer) for layer in range(depth))
         right = 1 + n_time * (context - 1)
@@ -56,6 +64,9 @@ def check_memory(memory: Callable) -> None:
         if answer == right:
             continue
         mistakes = {
+            "a network has a whole number of time layers; how many of its layers?":
+                1 + depth / time_every * (context - 1),
+            "layers add their reach; yours multiply it": context**n_time,
             "count the present frame once": n_time * (context - 1),
             "a window of n frames reaches n − 1 frames back": n_time * context,
             "a window of n frames reaches n − 1 frames back, and the present one counts once":

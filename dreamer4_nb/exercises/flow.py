@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .checks import Wrong, compare, exercise
-from ..method.flow import expand_as, interpolate
+from ..method.flow import expand_as, interpolate, velocity_from_x
 
 # %% ../../nbs/81_check_flow.ipynb #9e0eddaf
 def _pairs() -> tuple[Tensor, Tensor, Tensor]:
@@ -36,6 +36,9 @@ def check_velocity(velocity: Callable) -> None:
         "1 − τ is the part of the line between z and the data; which part did you use?": way / (1 - level),
         "this is the way from the noise to z; which part of the whole line is it?": way,
         "this is the clean estimate; a velocity is the difference of both ends of the line": x,
+        "`velocity_from_x` leads to the end of the line at τ = 1; which end is the noise?":
+            velocity_from_x(noise_hat, z, tau),
+        "the noise is only a part of z; which weight has it there?": way / level - noise_hat,
     }
     otherwise = "the numbers differ; write z with the noise and the velocity, then solve for the velocity"
     compare(velocity(noise_hat, z, tau), x - noise_hat, mistakes, otherwise)
@@ -51,24 +54,35 @@ def check_cosine_path(cosine_path: Callable) -> None:
         return angle.cos() * noise + angle.sin() * x
 
     answer = cosine_path(noise, x, tau)
-    if not isinstance(answer, tuple) or len(answer) != 2:
+    if not isinstance(answer, (tuple, list, Tensor)) or len(answer) != 2:
         raise Wrong("expected two tensors: `return position, velocity`")
     position, velocity = answer
+    _, right = torch.autograd.functional.jvp(path, tau, torch.ones_like(tau))
     mistakes = {
         "the position is that of the straight path": interpolate(noise, x, tau),
         "your path begins at the data; τ = 0 must be the noise": path(1 - tau),
         "your path has not arrived at the data at τ = 1; check the angle": path(tau / (math.pi / 2)),
+        "your path has left the data again at τ = 1; check the angle": path(2 * tau),
+        "the position comes first, then the velocity": right,
     }
     otherwise = "the position is wrong; at τ = 0 it must be the noise, at τ = 1 the data"
     compare(position, path(tau), mistakes, otherwise)
-    _, right = torch.autograd.functional.jvp(path, tau, torch.ones_like(tau))
+    angle = expand_as(tau, x) * (math.pi / 2)
+    ends_exchanged = (angle.cos() * noise - angle.sin() * x) * (math.pi / 2)
+    no_sign = (angle.sin() * noise + angle.cos() * x) * (math.pi / 2)
     mistakes = {
         "x − ε is the velocity of the straight path; this path turns": x - noise,
         "the velocity lacks the inner derivative of the angle": right / (math.pi / 2),
         "the velocity points backward": -right,
         "the velocity is the position once more": path(tau),
+        "noise and data have changed places in the velocity": ends_exchanged,
+        "do both derivatives, of the cosine and of the sine, have the same sign?": no_sign,
     }
-    compare(velocity, right, mistakes, "the position is right; the velocity is not its derivative by τ")
+    otherwise = "the position is right; the velocity is not its derivative by τ"
+    like_it = isinstance(velocity, Tensor) and velocity.shape == right.shape
+    if like_it and (velocity - right).abs().max() < 0.05:
+        otherwise = "the velocity is nearly right, as a finite difference is; the derivative is a formula"
+    compare(velocity, right, mistakes, otherwise)
 
 # %% ../../nbs/81_check_flow.ipynb #fffcdc4d
 @exercise
@@ -91,6 +105,13 @@ def check_velocity_loss(velocity_loss: Callable) -> None:
         "errors near the data must count more, not less": (error / inverse.square()).mean(),
         "take the mean over all numbers, not the sum": (weight * error).sum(),
         "take the mean over rows and coordinates alike": (weight * error).sum(-1).mean(),
+        "you limit the error itself; limit how much an error of x̂ counts":
+            (inverse.square() * error).clamp(max=largest).mean(),
+        "a weight below the limit stays as it is; yours is smaller at every level":
+            (error / (inverse.pow(-2) + 1 / largest)).mean(),
+        "the row at τ = 1 counts too, with the largest weight": (weight * error)[:-1].sum() / error.numel(),
+        "divide by how many numbers there are, not by their weights":
+            (weight * error).sum() / weight.expand_as(error).sum(),
     }
     loss = velocity_loss(x_hat, x, tau, largest)
     compare(loss, right, mistakes, "the value differs; which error of the velocity does an error of x̂ make?")

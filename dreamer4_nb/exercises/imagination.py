@@ -67,17 +67,24 @@ def improve_in_chain(prior: float = 0.3, alpha: float = 0.5, beta: float = 0.3, 
     return logit.detach().sigmoid()
 
 # %% ../../nbs/91_check_imagination.ipynb #9ba000db
-def _n_step(rewards: Tensor, continues: Tensor, values: Tensor, gamma: float, n: int) -> Tensor:
-    "From the definition, one step at a time."
+def _n_step(rewards: Tensor, continues: Tensor, values: Tensor, gamma: float, n: int,
+            end_pays: bool = True, to_the_end: bool = True, rewards_shrink: bool = True) -> Tensor:
+    """From the definition, one step at a time; the last three arguments plant mistakes.
+
+    end_pays: whether the reward of the step that ends an episode counts
+    to_the_end: whether the last value counts where the dream ends before n rewards
+    rewards_shrink: whether later rewards are discounted"""
     horizon = rewards.shape[1]
     out = torch.zeros_like(rewards)
     for t in range(horizon):
         last = min(t + n, horizon)
         discount = torch.ones_like(rewards[:, 0])
         for k in range(t, last):
-            out[:, t] += discount * rewards[:, k]
+            paid = rewards[:, k] * (1 if end_pays else continues[:, k])
+            out[:, t] += discount * paid / (1 if rewards_shrink else gamma ** (k - t))
             discount = discount * gamma * continues[:, k]
-        out[:, t] += discount * values[:, last]
+        if to_the_end or t + n <= horizon:
+            out[:, t] += discount * values[:, last]
     return out
 
 
@@ -88,8 +95,9 @@ def check_n_step_returns(n_step_returns: Callable) -> None:
     rewards, continues = torch.rand(2, 3, 7, generator=generator, dtype=torch.float64)
     values = torch.rand(3, 8, generator=generator, dtype=torch.float64)
     for n in (1, 3, 20):
-        def answer(c: Tensor = continues, v: Tensor = values, gamma: float = 0.8, n: int = n) -> Tensor:
-            return _n_step(rewards, c, v, gamma, n)
+        def answer(c: Tensor = continues, v: Tensor = values, gamma: float = 0.8, n: int = n,
+                   **planted: bool) -> Tensor:
+            return _n_step(rewards, c, v, gamma, n, **planted)
 
         mistakes = {
             f"n = {n}: an episode that has ended pays no more; where do the continue flags enter?":
@@ -102,6 +110,12 @@ def check_n_step_returns(n_step_returns: Callable) -> None:
             f"n = {n}: this is the return of the whole dream": answer(n=7),
             f"n = {n}: this is a λ-return, a mean over several n":
                 lambda_returns(rewards, continues, values, 0.8, 0.9),
+            f"n = {n}: the step that ends an episode is still paid": answer(end_pays=False),
+            f"n = {n}: where the dream ends first, its last value stands for the rest":
+                answer(to_the_end=False),
+            f"n = {n}: the value belongs to the state that the last counted step leads to":
+                answer(v=values.roll(1, 1)),
+            f"n = {n}: later rewards lack the discount, the value has it": answer(rewards_shrink=False),
         }
         otherwise = f"n = {n}: the numbers differ; write the last step's return by hand, then the one before"
         compare(n_step_returns(rewards, continues, values, 0.8, n), answer(), mistakes, otherwise)
@@ -203,6 +217,8 @@ def check_slope(slope: Callable) -> None:
         "this is the slope without the prior": by_logit(beta=0.0),
         "praise and blame are right; the KL lacks the step from p to its logit":
             by_logit(beta=0.0) + beta * (logit - before).detach(),
+        "the KL is right; praise must make the good action more likely downhill":
+            right - 2 * by_logit(beta=0.0),
         "the prior is not always one half": by_logit(beta=0.0) + beta * (p * (1 - p) * logit).detach(),
         "the KL points the other way: it is a mean under the policy": by_logit(backward=True),
         "α weighs the praise of the good action, 1 − α the blame of the bad one": by_logit(alpha=1 - alpha),

@@ -111,7 +111,11 @@ def check_returns(returns_with_ends: Callable) -> None:
         "at the end of the dream the value stands for all that follows": returns(continues, start=0.0),
         "the value is that of the frame that the action leads to": returns(continues, shift=0),
         "the flag of action t is read one action too late": returns(continues.roll(1, 1)),
+        "the numbers are right, but the last action comes first": returns(continues).flip(1),
+        "λ is the weight of the later return; you gave it to the value":
+            _returns(rewards, values, gamma, 1 - lam, continues),
+        "what follows an action is discounted once": _returns(rewards, values, 1.0, lam, continues),
     }
-    otherwise = "the returns differ; go backward, and begin with the last value"
+    otherwise = "the returns differ; compute the last one by hand, then the one before"
     compare(returns_with_ends(rewards, continues, values, gamma, lam), returns(continues),
             mistakes, otherwise)

@@ -25,7 +25,7 @@ def _teachers(i: int, j: int, grid: Grid) -> set[tuple[int, int]]:
 @exercise
 def check_teachers(teachers: Callable) -> None:
     "Exercise 1: `teachers(i, j, k_max)` is the set of all pairs from which (i, j) learns."
-    for i, j, k_max in ((16, 1, 32), (4, 1, 8), (24, 2, 32)):
+    for i, j, k_max in ((16, 1, 32), (4, 1, 8), (8, 2, 32)):
         grid = Grid(k_max)
         right = _teachers(i, j, grid)
         answer = teachers(i, j, k_max)
@@ -42,11 +42,17 @@ def check_teachers(teachers: Callable) -> None:
                 {pair for pair in right if pair[1] == grid.j_min},
             "a teacher covers a part of the same stretch; yours cover other stretches too":
                 {pair for pair in finer_rows if pair[1] > j},
+            "a teacher covers no more than the step itself; yours go on to the data":
+                {pair for pair in finer_rows if pair[1] > j and pair[0] >= i},
+            "a step has two halves; who has taught the second one?":
+                {(i, finer) for finer in range(j + 1, grid.n_d)},
             "these are τ and d; expected the indices i and j": {(k / k_max, 2.0**-n) for k, n in right},
         }
         for hint, mistake in mistakes.items():
             if answer == mistake:
                 raise Wrong(hint)
+        if any(pair[1] < j for pair in answer if isinstance(pair, tuple) and len(pair) == 2):
+            raise Wrong("a teacher makes shorter steps; some of yours are longer, so their j is smaller")
         raise Wrong(f"for i = {i}, j = {j}, k_max = {k_max}, {len(answer & right)} of your {len(answer)} "
                     f"pairs are right; i counts smallest steps: how many of them has half a step?")
     if teachers(3, 3, 8) != set():
@@ -95,17 +101,18 @@ def check_counterexample(counterexample: Callable) -> None:
 
 # %% ../../nbs/82_check_shortcut.ipynb #7119ae00
 def _quarters(f: Callable, z: Tensor, i: Tensor, j: Tensor, grid: Grid, told: int = 2, moves: bool = True,
-              waits: bool = False) -> Tensor:
+              waits: bool = False, first_level: bool = False) -> Tensor:
     """The end of four quarter steps.
 
     told: how much finer than j the step index is that f gets
     moves: each step begins where the one before it ended
-    waits: the level stays that of the first step"""
+    waits: the level stays that of the first step
+    first_level: f gets the level of its step, the division that of the first one"""
     end = z
     for k in range(4):
         i_now = i if waits else i + k * grid.stride(j + 2)
         x_hat = f(end if moves else z, i_now, j + told)
-        velocity = velocity_from_x(x_hat, end if moves else z, grid.tau(i_now))
+        velocity = velocity_from_x(x_hat, end if moves else z, grid.tau(i if first_level else i_now))
         end = end + velocity * expand_as(grid.d(j) / 4, z)
     return end
 
@@ -142,6 +149,10 @@ def check_target_of_quarters(target_of_quarters: Callable) -> None:
             "the steps end at level τ + d; the target lies in the same direction at level 1": end,
             "this is a velocity; the target is a point in data space": target(end) - z,
             "this is the first quarter step only": target(half_way),
+            "end minus start is the way of a step of size d, not yet a velocity":
+                z + expand_as(1 - grid.tau(i), z) * (end - z),
+            "each step starts at a level of its own; what is `shortcut_step` told?":
+                target(_quarters(f, z, i, j, grid, first_level=True)),
         }
         right = target(end)
     answer = target_of_quarters(f, z, i, j, grid)

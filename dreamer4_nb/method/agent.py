@@ -266,11 +266,11 @@ class AgentConfig:
             raise UserError(f"action_dims {widths} do not fit {len(self.tasks)} tasks and action_dim "
                             f"{self.action_dim}; give one width a task, none wider than action_dim")
         if self.policy not in (*POLICIES, DISCRETE):
-            raise UserError(f"unknown policy head {self.policy!r}; choose categorical, gaussian, bernoulli or "
-                            "discrete")
+            raise UserError(f"unknown policy head {self.policy!r}; choose categorical, gaussian, bernoulli "
+                            "or discrete")
         if (self.policy == DISCRETE) != (sum(self.choices) == self.action_dim):
             raise UserError(f"policy {self.policy!r} with choices {self.choices} and action_dim "
-                            f"{self.action_dim}; discrete needs choices that add up to action_dim, others none")
+                            f"{self.action_dim}; discrete needs choices that add up to it, others none")
 
 
 def mlp(width: int, hidden: int, out: int) -> nn.Sequential:

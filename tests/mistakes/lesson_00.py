@@ -24,4 +24,8 @@ MISTAKES = [
      "    for t in reversed(range(rewards.shape[1])):\n"
      "        last = rewards[:, t] + gamma * ((1 - lam) * values[:, t + 1] + lam * continues[:, t] * last)\n"
      "        out.append(last)\n    return torch.stack(out[::-1], 1)", "value of the next frame"),
+    (3, "def returns_with_ends(rewards, continues, values, gamma, lam):\n    out, last = [], values[:, -1]\n"
+     "    for t in reversed(range(rewards.shape[1])):\n        ahead = lam * values[:, t + 1] + (1 - lam) * last\n"
+     "        last = rewards[:, t] + gamma * continues[:, t] * ahead\n"
+     "        out.append(last)\n    return torch.stack(out[::-1], 1)", "gave it to the value"),
 ]

@@ -14,4 +14,11 @@ MISTAKES = [
     (3, "def velocity_loss(x_hat, x, tau, largest): return ((x_hat - x) ** 2 / (1 - expand_as(tau, x)) ** 2).mean()",
      "infinite"),
     (3, "def velocity_loss(x_hat, x, tau, largest): return x_hat.sum() * 0 + 1", "value differs"),
+    (1, "def velocity(noise_hat, z, tau): return velocity_from_x(noise_hat, z, tau)", "which end is the noise"),
+    (2, "def cosine_path(noise, x, tau):\n    a = expand_as(tau, x) * math.pi / 2\n    s = a + 1e-3 * math.pi / 2\n"
+     "    z = a.cos() * noise + a.sin() * x\n    return z, (s.cos() * noise + s.sin() * x - z) / 1e-3", "finite difference"),
+    (2, "def cosine_path(noise, x, tau):\n    a = expand_as(tau, x) * math.pi / 2\n"
+     "    return a.cos() * noise + a.sin() * x, (a.cos() * noise - a.sin() * x) * math.pi / 2", "changed places"),
+    (3, "def velocity_loss(x_hat, x, tau, largest):\n"
+     "    return ((x_hat - x) ** 2 / (1 - expand_as(tau, x)) ** 2).clamp(max=largest).mean()", "limit the error itself"),
 ]

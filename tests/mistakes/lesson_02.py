@@ -19,4 +19,8 @@ MISTAKES = [
     (3, "@torch.no_grad()\n" + QUARTERS.replace("PLACE", "end").replace("RETURN", "return end"), "at level 1"),
     (3, "def target_of_quarters(f, z, i, j, grid): return bootstrap_target(f, z, i, j, grid)", "two half steps"),
     (3, "def target_of_quarters(f, z, i, j, grid): return z", "numbers differ"),
+    (1, "def teachers(i, j, k_max):\n    return {(k, n) for n in range(j + 1, k_max.bit_length()) "
+     "for k in range(i, k_max, k_max >> n)}", "no more than the step"),
+    (3, "@torch.no_grad()\n" + QUARTERS.replace("PLACE", "end").replace("grid.tau(now), grid", "grid.tau(i), grid")
+     .replace("RETURN", TARGET), "level of its own"),
 ]

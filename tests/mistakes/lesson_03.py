@@ -25,4 +25,5 @@ MISTAKES = [
     (3, PYRAMID, "never draws"),
     (3, PYRAMID.replace("schedule.steps + n_frames - 1", "schedule.steps * n_frames"), "last round"),
     (3, PYRAMID.replace("clamp(0, schedule.steps)", "clamp(0, schedule.steps - 1)"), "finished frame is past"),
+    (2, HALF.replace("grid.d(j) / 2", "grid.d(finer)"), "yours have moved"),
 ]

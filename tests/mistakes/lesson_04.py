@@ -22,4 +22,7 @@ MISTAKES = [
     (4, ANCHORED, "do not exist yet"),
     (4, ANCHORED.replace("    mask[:, :anchors] = True\n", ""), "window alone"),
     (4, ANCHORED.replace("return mask", "return mask.float()"), "boolean"),
+    (2, GROUPED.replace("logits.masked_fill(~mask, -torch.inf)", "(logits * mask)"), "still gets weight"),
+    (4, ANCHORED.replace("mask[:, :anchors] = True", "mask |= (torch.arange(past + t) < anchors) "
+     "& (torch.arange(past + t) <= torch.arange(t)[:, None])"), "who may frame 6"),
 ]

@@ -23,4 +23,7 @@ MISTAKES = [
     (4, REACTS.replace("CHANGE", "+= 0"), "no reaction"),
     (4, REACTS.replace("[:, j] CHANGE", "[:, j, 0] += torch.randn(16)"), "single token"),
     (4, "def reacts(f, x): return torch.ones(x.shape[1], x.shape[1]).tril().bool()", "differs"),
+    (1, RING.replace("<= frame)", "<= slot)"), "does your mask hide"),
+    (1, RING.replace("<= frame)", "< frame)"), "does the frame see itself"),
+    (2, "def memory(config): return config.context ** (config.depth // config.time_every)", "multiply"),
 ]

@@ -22,4 +22,7 @@ MISTAKES = [
      "other way"),
     (5, "def false_reward(): return 6, 1.0, 2.0", "too little harm"),
     (5, "def false_reward(): return 5, 1.0, 0.5", "still runs after"),
+    (1, "def n_step_returns(rewards, continues, values, gamma, n):\n    out = values\n    for _ in range(n):\n"
+     "        ahead = continues * (rewards + gamma * out[:, 1:])\n"
+     "        out = torch.cat([ahead, values[:, -1:]], 1)\n    return out[:, :-1]", "still paid"),
 ]

@@ -23,4 +23,10 @@ MISTAKES = [
     (4, "def honest_rate(hits): return hits.mean(1).max()", "all seeds"),
     (4, "def honest_rate(hits):\n    return hits.mean(1)[hits[:, :hits.shape[1] // 2].mean(1).argmax()]", "also chose"),
     (4, "def honest_rate(hits): return 0.5", "rate differs"),
+    (1, IMPORTS + "def exact_interval(k, n, level):\n    t = (1 - level) / 2\n"
+     "    low = 0.0 if k == 0 else stats.beta.ppf(t, k, n - k + 1)\n"
+     "    return low, 1.0 if k == n else stats.beta.ppf(1 - t, k, n - k + 1)", "the lower end is right"),
+    (2, IMPORTS + "def power(n, a, b):\n    u = np.random.default_rng(0).random((4000, n))\n"
+     "    wins, losses = ((u < a) & (u >= b)).sum(1), ((u < b) & (u >= a)).sum(1)\n"
+     "    return (2 * stats.binom.cdf(np.minimum(wins, losses), wins + losses, 0.5) < 0.05).mean()", "share their luck"),
 ]
