@@ -129,7 +129,7 @@ def test_printed_costs_are_those_of_the_preset(name):
     assert found["tokenizer"].tokenizer_clips == shape.tokenizer_clips == (tokens.batch, tokens.length)
     assert (found["dynamics"].batch, found["dynamics"].length) == (shape.batch, shape.length)
     assert found["tokenizer"].tokenizer == replace(shape.tokenizer, n_backgrounds=len(PRESETS[name].tasks))
-    assert replace(found["dynamics"].dynamics, action_dim=2) == shape.dynamics
+    assert replace(found["dynamics"].dynamics, action_dim=2, mixed_widths=False) == shape.dynamics
 
 
 @pytest.mark.parametrize("name, file", [("tiny", "demo"), ("long", "chain")])
