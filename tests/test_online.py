@@ -6,15 +6,18 @@ import pytest
 import torch
 
 from dreamer4_nb.core import UserError, load_checkpoint
+from dreamer4_nb.data import acting
+from dreamer4_nb.data.acting import act_episodes
 from dreamer4_nb.data.envs import make_env
 from dreamer4_nb.data.planner import Planner
 from dreamer4_nb.data.stores import Episode, EpisodeStore
+from dreamer4_nb.data.tasks import TaskSpec
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.inputs import read_json
 from dreamer4_nb.runs import online as module
 from dreamer4_nb.runs.chain import Run
-from dreamer4_nb.runs.online import Rounds, act_episodes, gather, mark_better, online, round_preset, round_row, train_round
-from dreamer4_nb.runs.presets import MICRO, TINY
+from dreamer4_nb.runs.online import gather, mark_better, online, round_preset, round_row, train_round
+from dreamer4_nb.runs.presets import MICRO, TINY, Rounds
 from dreamer4_nb.runs.study import branch
 from dreamer4_nb.training import phases
 from dreamer4_nb.training.phases import agent_batches
@@ -74,7 +77,7 @@ def test_a_teacher_says_what_it_would_have_done_in_the_states_that_were_reached(
 def test_an_episode_that_ended_gets_no_more_rows(monkeypatch):
     class Ends:
         "A stand-in of two environments; the first one ends truly with its second step."
-        info = type("Info", (), {"action_dim": 1})
+        spec = TaskSpec(1)
 
         def __init__(self, *asked, **more):
             self.t = 0
@@ -89,7 +92,7 @@ def test_an_episode_that_ended_gets_no_more_rows(monkeypatch):
             ended = np.array([self.t >= 2, False])
             return self.reset(), np.ones(2), np.array([float(self.t != 2), 1.0]), ended
 
-    monkeypatch.setattr(module, "VectorEnv", Ends)
+    monkeypatch.setattr(acting, "VectorEnv", Ends)
     policy = type("Still", (), {"reset": lambda self, n, first: None, "act": lambda self, frames: np.zeros((2, 1))})
     first, second = act_episodes(policy(), "any", range(2), 0, 4)
     assert (len(first), len(second)) == (3, 5)
@@ -254,7 +257,7 @@ def test_more_rounds_may_follow_but_no_others(base, whole, monkeypatch):
 
 
 def test_what_cannot_be_is_said_before_anything_is_played(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "VectorEnv", None)
+    monkeypatch.setattr(acting, "VectorEnv", None)
     for settings, words in ((replace(TWO, first_seed=9_998), "the evaluation"),
                             (replace(TWO, first_seed=int(base.store.episode(0).seed)), "begins an episode of the data")):
         with pytest.raises(UserError, match=words):

@@ -32,8 +32,7 @@ from .bench import bench, bench_table
 from .chain import Run, by_task, read_config
 from .doctor import Doctor
 from .endings import draw_into_files, reader_is_gone, say, say_unforeseen, typed_command
-from .online import Rounds, online
-from .presets import LONG, PRESETS, TINY, Preset, Readout
+from .presets import LONG, PRESETS, TINY, Preset, Readout, Rounds
 from ..training.ranks import leave_ranks
 
 # The commands that draw figures import judge and study themselves, after `main` has chosen how to draw.
@@ -180,6 +179,8 @@ class Online:
     settings: Annotated[Rounds, tyro.conf.arg(name="")] = Rounds()
 
     def __call__(self) -> None:
+        from dreamer4_nb.runs.online import online
+
         base = opened(self.base, "online")
         print0(f"rounds in {local_path(self.run)}; Ctrl-C stops, the same command continues")
         for page in online(base, self.run, self.settings):

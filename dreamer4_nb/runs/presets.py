@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Readout', 'BETWEEN', 'Config', 'Phase', 'TINY', 'LONG', 'MICRO', 'SMALL', 'BASE', 'PAPER', 'PRESETS', 'MINUTES',
            'MEANT_FOR', 'TokenizerPhase', 'DynamicsPhase', 'AgentPhase', 'ImaginationPhase', 'EvaluationPhase',
-           'Preset', 'override', 'resolve', 'tokenizer_phase', 'dynamics_phase', 'with_steps', 'phase_shapes',
+           'Preset', 'Rounds', 'override', 'resolve', 'tokenizer_phase', 'dynamics_phase', 'with_steps', 'phase_shapes',
            'predict_phases']
 
 # %% ../../nbs/53_presets.ipynb #cell-2
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..core import UserError
-from ..inputs import SEED, Count, Natural, NotNegative, Range, Seed, Share, check_fields
+from ..inputs import (SEED, Count, Natural, NotNegative, Positive, Range, Seed, Share,
+                                check_fields)
 from ..method.attention import TransformerConfig
 from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import DynamicsConfig
@@ -139,6 +140,34 @@ class Preset:
         check_fields(self)
         if len(set(self.tasks)) < len(self.tasks):
             raise UserError(f"tasks are {self.tasks}; expected each once")
+
+# %% ../../nbs/53_presets.ipynb #96093042
+@dataclass(frozen=True)
+class Rounds:
+    """Settings of online rounds. The optimizer begins anew in each round; the weights go on.
+
+    `UserError` for an invalid setting."""
+    rounds: Count = 4
+    episodes: Count = 50            # of a round
+    decisions: Count = 80           # length of an episode
+    first_seed: Seed = 200_000      # of the first episode; the others follow
+    actor: Literal["policy", "planner"] = "policy"   # who plays
+    teacher: Literal["none", "planner"] = "none"     # whose actions are cloned; none: the actor's own
+    readout: Readout = "sample"     # how the policy explores: sample, mean or mode of its distribution
+    replay: Positive = 40.0         # frames on which phase 2 trains, for each frame that is played
+    recent: Share = 0.5             # share of a batch that comes from the played episodes
+    reset: bool = False             # new heads in each round
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        SEED.check("the last seed", self.seeds(self.rounds)[-1])
+        if self.actor == self.teacher:
+            raise UserError("the planner would be its own teacher; leave --teacher out, or --actor policy")
+
+    def seeds(self, number: int) -> range:
+        "The seeds of the episodes of a round, which are counted from 1."
+        first = self.first_seed + (number - 1) * self.episodes
+        return range(first, first + self.episodes)
 
 # %% ../../nbs/53_presets.ipynb #cell-13
 Config = TypeVar("Config")
