@@ -3,6 +3,7 @@ SHELL := /bin/bash
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
 export PYTHON
+export TORCH_INDEX
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -28,7 +29,7 @@ browser:
 # What was typed here is what the command says to type again.
 demo: export DREAMER4_COMMAND = make demo$(if $(ARGS), ARGS="$(ARGS)")
 demo: setup
-	$(BIN)/dreamer4 demo $(ARGS)
+	$(BIN)/dreamer4-nb demo $(ARGS)
 
 # The front page is notebook index, as it was last run.
 readme: setup

@@ -6,7 +6,7 @@
     policy = dreamer4_nb.load_policy()
     records = dreamer4_nb.evaluate(policy)      # in the real environment
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import os
 from typing import TYPE_CHECKING
