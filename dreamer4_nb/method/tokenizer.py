@@ -330,7 +330,8 @@ class PerceptualLoss:
             self.kind = "lpips" if trunk.is_file() and find_spec("lpips") else "gradient"
             if self.kind == "gradient" and not quiet:
                 print("LPIPS: "
-                      "it or AlexNet's weights are not on this machine, image-gradient differences take its place. "
+                      "it or AlexNet's weights are not on this machine, "
+                      "image-gradient differences take its place. "
                       f"To fetch them: {FETCH_TRUNK}")
         if self.kind == "lpips":
             lpips = need("lpips", "perceptual")
