@@ -7,10 +7,10 @@ export TORCH_INDEX
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl browser demo test gpu export readme check lint notebooks pytest clean
+.PHONY: help setup gl browser demo test gpu export readme docs check lint notebooks pytest clean
 
 help:
-	@echo "make setup | demo | test | lint | gpu | export | clean"
+	@echo "make setup | demo | test | lint | gpu | export | docs | clean"
 
 setup: gl $(STAMP)
 
@@ -35,6 +35,10 @@ demo: setup
 readme: setup
 	$(BIN)/python .ci/readme > README.md
 
+# The course as a site, from stored outputs, without a network: _docs/html/index.html.
+docs: setup
+	$(BIN)/python docs/build.py
+
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
 test: setup browser
 	@$(MAKE) --no-print-directory check && time $(MAKE) --no-print-directory notebooks && time $(MAKE) --no-print-directory pytest
@@ -54,7 +58,7 @@ check:
 
 # ruff.toml and mypy.ini say what is looked at.
 lint:
-	$(BIN)/ruff check dreamer4_nb tests && $(BIN)/mypy
+	$(BIN)/ruff check dreamer4_nb tests docs && $(BIN)/mypy
 
 # Two notebooks at a time, each with one thread: faster than one with two.
 notebooks:

@@ -1,6 +1,6 @@
 """Builds the site of the course from stored outputs: python docs/build.py, then open _docs/html/index.html.
 
-Nothing is executed and nothing is fetched: the notebooks become pages as they are stored, the modules' docstrings
+Nothing is executed and nothing is fetched: the notebooks become pages as they are stored, the docstrings
 become the pages of the API, and MathJax is copied from an installed package.
 """
 import argparse
@@ -45,8 +45,8 @@ def flags(cell: dict) -> list[str]:
 def is_shown(cell: dict) -> bool:
     "Whether a cell becomes a part of the page."
     own = flags(cell)
-    tags = cell["metadata"].get("tags", [])
-    return "hide" not in own and "colab" not in tags and not any(flag.startswith("default_exp") for flag in own)
+    hidden = "hide" in own or any(flag.startswith("default_exp") for flag in own)
+    return not hidden and "colab" not in cell["metadata"].get("tags", [])
 
 
 def plain(text: str) -> str:
@@ -54,6 +54,12 @@ def plain(text: str) -> str:
     text = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", text)
     text = re.sub(r"(?m)^#+ .*$|^- |[*`$]", "", text)
     return " ".join(text.split())
+
+
+def plain_heading(text: str) -> str:
+    "The last heading in a Markdown text; empty if there is none."
+    headings = re.findall(r"(?m)^#+ (.*)$", text)
+    return plain(headings[-1]) if headings else ""
 
 
 def caption_below(below: dict | None) -> str:
@@ -71,21 +77,21 @@ def caption_shown(cell: dict) -> str:
 
 def axes_of(source: str) -> str:
     "The titles and the axes that a figure's code names."
-    found = re.findall(r"\b(title|xlabel|ylabel|suptitle|set_title|set_xlabel|set_ylabel)\s*[=(]\s*f?\"([^\"]+)\"", source)
-    names = {"title": "", "suptitle": "", "xlabel": "horizontal: ", "ylabel": "vertical: "}
-    parts = dict.fromkeys(names[kind.removeprefix("set_")] + re.sub(r"\{[^}]*\}", "…", text) for kind, text in found)
-    return "; ".join(parts)
+    names = {"title": "", "suptitle": "", "supxlabel": "", "xlabel": "horizontal: ",
+             "ylabel": "vertical: "}
+    found = re.findall(rf"(?:\b|_)({'|'.join(names)})\s*[=(]\s*f?\"([^\"]+)\"", source)
+    texts = [names[kind] + re.sub(r"\{[^}]*\}", "…", text) for kind, text in found]
+    return "; ".join(dict.fromkeys(texts))
 
 
-def alt_text(cell: dict, above: dict | None, below: dict | None) -> str:
-    "What a cell's pictures show: their caption, else their axes, else the sentence that announces them."
-    axes = axes_of(source_of(cell))
+def alt_text(cell: dict, section: str, above: dict | None, below: dict | None) -> str:
+    """What a cell's pictures show: their caption, else their axes or the sentence that announces them.
+
+    section: the heading under which they stand."""
+    caption = caption_below(below) or caption_shown(cell)
     before = plain(source_of(above)) if above and above["cell_type"] == "markdown" else ""
-    sentence = re.split(r"(?<=[.:?]) ", before)[-1]
-    comment = re.findall(r"#\s+(.*)", source_of(cell))
-    found = (caption_below(below) or caption_shown(cell) or (f"Figure. {axes}." if axes else "") or sentence
-             or plain((comment or ["A figure; the text beside it says what it shows."])[0]))
-    return found[:500].replace("\\", " ")
+    rest = axes_of(source_of(cell)) or re.split(r"(?<=[.:?]) ", before)[-1]
+    return (caption or f"{section}. {rest}").strip()[:500].replace("\\", " ")
 
 
 def with_alt(page: str, alt: str) -> str:
@@ -93,17 +99,24 @@ def with_alt(page: str, alt: str) -> str:
     return re.sub(r"<img (?![^>]*\balt=)", f'<img alt="{html.escape(alt)}" ', page)
 
 
-def links_moved(text: str) -> str:
-    "Markdown whose links to files that are no pages lead to the repository."
-    text = re.sub(r"\]\(\.\./([\w./-]+)\)", rf"]({BLOB}/\1)", text)
-    return re.sub(r"\]\((results/[\w./-]+)\)", rf"]({BLOB}/{SETTINGS['nbs_path']}/\1)", text)
+def links_moved(text: str, pages: set[str]) -> str:
+    "Markdown whose links to files that are none of the pages lead to the repository."
+    def moved(found: re.Match) -> str:
+        file = found[1]
+        if file in pages or file.startswith("images/"):
+            return found[0]
+        path = file.removeprefix("../") if file.startswith("../") else f"{SETTINGS['nbs_path']}/{file}"
+        return f"]({BLOB}/{path}{found[2]})"
+
+    return re.sub(r"\]\((?!https?:)([\w./-]+)((?:#[^)\s]*)?)\)", moved, text)
 
 
-def page_cell(cell: dict, above: dict | None, below: dict | None) -> dict:
-    "A cell as the page has it."
+def page_cell(cell: dict, alt: str, pages: set[str]) -> dict:
+    """A cell as the page has it.
+
+    alt: the text of its pictures. pages: the names of all notebooks that become pages."""
     if cell["cell_type"] == "markdown":
-        return {"cell_type": "markdown", "metadata": {}, "source": links_moved(source_of(cell))}
-    alt = alt_text(cell, above, below)
+        return {"cell_type": "markdown", "metadata": {}, "source": links_moved(source_of(cell), pages)}
     tags = []
     if cell["metadata"].get("jupyter", {}).get("source_hidden"):
         tags.append("hide-input")
@@ -115,30 +128,36 @@ def page_cell(cell: dict, above: dict | None, below: dict | None) -> dict:
         if "text/html" in data:
             data = data | {"text/html": with_alt("".join(data["text/html"]), alt)}
         if "text/markdown" in data:
-            data = data | {"text/markdown": links_moved("".join(data["text/markdown"]))}
+            data = data | {"text/markdown": links_moved("".join(data["text/markdown"]), pages)}
         outputs.append(output | ({"data": data} if data else {}))
     source = re.sub(r"(?m)^#\|.*\n?", "", source_of(cell)).strip("\n")
     return {"cell_type": "code", "execution_count": None, "source": source, "outputs": outputs,
             "metadata": {"tags": tags, "mystnb": {"image": {"alt": alt}}}}
 
 
-def neighbor(cells: list[dict], place: int) -> dict | None:
-    return cells[place] if 0 <= place < len(cells) else None
+def page_of(path: Path, pages: set[str]) -> dict:
+    """A notebook as Sphinx gets it: no flags, no hidden cells, links to itself, a text for each picture.
 
-
-def page_of(path: Path) -> dict:
-    "A notebook as Sphinx gets it: without flags and hidden cells, with links to itself, and a text for each picture."
+    pages: the names of all notebooks that become pages."""
     notebook = json.loads(path.read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if is_shown(cell)]
-    made = [page_cell(cell, neighbor(cells, k - 1), neighbor(cells, k + 1)) for k, cell in enumerate(cells)]
+    made, section = [], ""
+    for above, cell, below in zip([None, *cells], cells, [*cells[1:], None]):
+        alt = ""
+        if cell["cell_type"] == "markdown":
+            section = plain_heading(source_of(cell)) or section
+        else:
+            alt = alt_text(cell, section, above, below)
+        made.append(page_cell(cell, alt, pages))
     file = f"{SETTINGS['nbs_path']}/{path.name}"
     links = f"[Open in Colab]({COLAB}/{file}) · [The notebook on GitHub]({BLOB}/{file})"
     title, _, rest = made[0]["source"].partition("\n")
     made[0]["source"] = f"{title}\n\n{links}\n{rest}"
     for k, cell in enumerate(made):
         cell["id"] = f"cell-{k}"
-    return {"cells": made, "metadata": {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"},
-                                        "language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    kernel = {"name": "python3", "display_name": "python3", "language": "python"}
+    return {"cells": made, "metadata": {"kernelspec": kernel, "language_info": {"name": "python"}},
+            "nbformat": 4, "nbformat_minor": 5}
 
 
 # Pages of the API
@@ -148,9 +167,9 @@ def markdown_of(text: str) -> str:
     "A docstring as Markdown: what is no code is text, and each argument an item of a list."
     lines = []
     for line in text.splitlines():
-        parts = re.split(r"(`[^`]+`)", line)
-        shown = "".join(part if part.startswith("`") and len(part) > 1 else re.sub(r"([\\*_<\[\]${}|~^#`])", r"\\\1", part)
-                        for part in parts)
+        parts = re.split(r"(`[^`]+`)", line)                  # text, code, text …
+        parts[::2] = [re.sub(r"([\\*_<\[\]${}|~^#`])", r"\\\1", part) for part in parts[::2]]
+        shown = "".join(parts)
         argument = re.match(r"([\w\\, ]{1,60}): (.*)", shown)
         lines.append(f"- **{argument[1].strip()}**: {argument[2]}" if argument else shown)
     return "\n".join(lines)
@@ -172,9 +191,10 @@ def entry(node: ast.FunctionDef | ast.ClassDef, fences: str) -> list[str]:
     kind = "class" if isinstance(node, ast.ClassDef) else "method" if fences == "```" else "function"
     lines = [f"{fences}{{py:{kind}}} {signature(node)}", "", markdown_of(ast.get_docstring(node) or ""), ""]
     if isinstance(node, ast.ClassDef):
-        for item in node.body:
-            if isinstance(item, ast.FunctionDef) and not item.name.startswith("_") and ast.get_docstring(item):
-                lines += entry(item, "```")
+        methods = [item for item in node.body if isinstance(item, ast.FunctionDef)]
+        for method in methods:
+            if not method.name.startswith("_") and ast.get_docstring(method):
+                lines += entry(method, "```")
     return [*lines, fences, ""]
 
 
@@ -211,16 +231,24 @@ def toctree(caption: str, pages: list[str]) -> str:
     return "\n".join(lines)
 
 
+def short_title(path: Path) -> str:
+    "The title of a notebook without the name of its track."
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    title = source_of(first).splitlines()[0].removeprefix("# ")
+    return re.sub(r"^(The Dream|The Machine|Study|Checks)[ ,]+", "", title)
+
+
 def front_page(notebooks: list[Path], modules: list[str]) -> dict:
     "Notebook index, with the contents of the site."
-    page = page_of(ROOT / SETTINGS["nbs_path"] / "index.ipynb")
+    page = page_of(ROOT / SETTINGS["nbs_path"] / "index.ipynb", {path.name for path in notebooks})
     trees = []
     for section, numbers in SECTIONS.items():
-        own = [path.stem for path in notebooks if int(path.stem[:2]) in numbers]
+        own = [f"{short_title(path)} <{path.stem}>" for path in notebooks if int(path.stem[:2]) in numbers]
         if own:
             trees.append(toctree(section, own))
     trees.append(toctree("The package", [f"api/{name}" for name in modules]))
-    page["cells"].append({"cell_type": "markdown", "metadata": {}, "source": "\n\n".join(trees), "id": "contents"})
+    contents = "\n\n".join(trees)
+    page["cells"].append({"cell_type": "markdown", "metadata": {}, "source": contents, "id": "contents"})
     return page
 
 
@@ -234,8 +262,9 @@ def stage(notebooks: list[Path], folder: Path) -> None:
     fonts = Path("output") / "chtml" / "fonts" / "woff-v2"
     shutil.copytree(mathjax / fonts, folder / "_static" / "mathjax" / fonts)
     shutil.copy(mathjax / "tex-chtml-full.js", folder / "_static" / "mathjax")
+    pages = {path.name for path in notebooks}
     for path in notebooks:
-        (folder / path.name).write_text(json.dumps(page_of(path)), encoding="utf-8")
+        (folder / path.name).write_text(json.dumps(page_of(path, pages)), encoding="utf-8")
     names = []
     for path in api_modules(notebooks):
         names.append(".".join(path.relative_to(PACKAGE).with_suffix("").parts))
@@ -246,14 +275,16 @@ def stage(notebooks: list[Path], folder: Path) -> None:
 def build(notebooks: list[Path], out: Path, jobs: str = "auto") -> int:
     "Builds the pages of some notebooks into out/html; a warning is an error. Returns the exit code."
     stage(notebooks, out / "source")
+    source = out / "source"
     command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-j", jobs, "-b", "html",
-               "-c", str(ROOT / "docs"), "-D", f"html_static_path={out / 'source' / '_static'}", "-d", str(out / "doctrees"), str(out / "source"), str(out / "html")]
+               "-c", str(ROOT / "docs"), "-D", f"html_static_path={source / '_static'}",
+               "-d", str(out / "doctrees"), str(source), str(out / "html")]
     return subprocess.run(command).returncode
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Builds the site of the course from stored outputs.")
-    parser.add_argument("--out", type=Path, default=ROOT / "_docs", help="folder for the site (default: _docs)")
+    parser.add_argument("--out", type=Path, default=ROOT / SETTINGS["doc_path"], help="folder for the site")
     arguments = parser.parse_args()
     notebooks = sorted((ROOT / SETTINGS["nbs_path"]).glob("[0-9][0-9]_*.ipynb"))
     code = build(notebooks, arguments.out.resolve())

@@ -25,6 +25,7 @@ html_title = SETTINGS["title"]
 html_css_files = ["course.css"]
 html_show_sourcelink = False
 html_copy_source = False
+html_domain_indices = False  # its pages have pictures without a text
 html_theme_options = {
     "source_repository": SETTINGS["git_url"],
     "source_branch": SETTINGS["branch"],
