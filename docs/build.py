@@ -135,6 +135,13 @@ def page_cell(cell: dict, alt: str, pages: set[str]) -> dict:
             "metadata": {"tags": tags, "mystnb": {"image": {"alt": alt}}}}
 
 
+def short_title(path: Path) -> str:
+    "The title of a notebook without the name of its track."
+    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
+    title = source_of(first).splitlines()[0].removeprefix("# ")
+    return re.sub(r"^(The Dream|The Machine|Study|Checks)[ ,]+", "", title)
+
+
 def page_of(path: Path, pages: set[str]) -> dict:
     """A notebook as Sphinx gets it: no flags, no hidden cells, links to itself, a text for each picture.
 
@@ -147,7 +154,7 @@ def page_of(path: Path, pages: set[str]) -> dict:
         if cell["cell_type"] == "markdown":
             section = plain_heading(source_of(cell)) or section
         else:
-            alt = alt_text(cell, section, above, below)
+            alt = alt_text(cell, f"{short_title(path)}: {section}", above, below)
         made.append(page_cell(cell, alt, pages))
     file = f"{SETTINGS['nbs_path']}/{path.name}"
     links = f"[Open in Colab]({COLAB}/{file}) · [The notebook on GitHub]({BLOB}/{file})"
@@ -229,13 +236,6 @@ def api_modules(notebooks: list[Path]) -> list[Path]:
 def toctree(caption: str, pages: list[str]) -> str:
     lines = ["```{toctree}", f":caption: {caption}", ":maxdepth: 1", ":hidden:", "", *pages, "```"]
     return "\n".join(lines)
-
-
-def short_title(path: Path) -> str:
-    "The title of a notebook without the name of its track."
-    first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
-    title = source_of(first).splitlines()[0].removeprefix("# ")
-    return re.sub(r"^(The Dream|The Machine|Study|Checks)[ ,]+", "", title)
 
 
 def front_page(notebooks: list[Path], modules: list[str]) -> dict:
