@@ -7,10 +7,10 @@ export TORCH_INDEX
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl browser demo test gpu export readme docs check lint notebooks pytest clean
+.PHONY: help setup gl browser demo test gpu export readme docs execute check lint notebooks pytest clean
 
 help:
-	@echo "make setup | demo | test | lint | gpu | export | docs | clean"
+	@echo "make setup | demo | test | lint | gpu | export | docs | execute | clean"
 
 setup: gl $(STAMP)
 
@@ -34,6 +34,10 @@ demo: setup
 # The front page is notebook index, as it was last run.
 readme: setup
 	$(BIN)/python .ci/readme > README.md
+
+# Runs all notebooks and stores their outputs, in hours on two cores. ARGS="nbs/01_flow.ipynb --check" and so on.
+execute: setup
+	$(BIN)/python .ci/execute $(ARGS) && $(BIN)/nbdev_clean
 
 # The course as a site, from stored outputs, without a network: _docs/html/index.html.
 docs: setup
