@@ -3,13 +3,14 @@ SHELL := /bin/bash
 BIN := $(CURDIR)/.venv/bin
 STAMP := .venv/.installed
 export PYTHON
+export TORCH_INDEX
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl browser demo test gpu export readme check lint notebooks pytest clean
+.PHONY: help setup gl browser demo test gpu export readme docs execute check lint notebooks pytest clean
 
 help:
-	@echo "make setup | demo | test | lint | gpu | export | clean"
+	@echo "make setup | demo | test | lint | gpu | export | docs | execute | clean"
 
 setup: gl $(STAMP)
 
@@ -28,11 +29,19 @@ browser:
 # What was typed here is what the command says to type again.
 demo: export DREAMER4_COMMAND = make demo$(if $(ARGS), ARGS="$(ARGS)")
 demo: setup
-	$(BIN)/dreamer4 demo $(ARGS)
+	$(BIN)/dreamer4-nb demo $(ARGS)
 
 # The front page is notebook index, as it was last run.
 readme: setup
 	$(BIN)/python .ci/readme > README.md
+
+# Runs all notebooks and stores their outputs, in hours on two cores. ARGS="nbs/01_flow.ipynb --check" and so on.
+execute: setup
+	$(BIN)/python .ci/execute $(ARGS) && $(BIN)/nbdev_clean
+
+# The course as a site, from stored outputs, without a network: _docs/html/index.html.
+docs: setup
+	$(BIN)/python docs/build.py
 
 # The notebooks are the source: their modules and their cleaned form must be what is committed.
 test: setup browser
@@ -53,7 +62,7 @@ check:
 
 # ruff.toml and mypy.ini say what is looked at.
 lint:
-	$(BIN)/ruff check dreamer4_nb tests && $(BIN)/mypy
+	$(BIN)/ruff check dreamer4_nb tests docs && $(BIN)/mypy
 
 # Two notebooks at a time, each with one thread: faster than one with two.
 notebooks:

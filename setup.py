@@ -12,6 +12,10 @@ settings.read(here / "settings.ini", encoding="utf-8")
 get = settings["DEFAULT"].get
 lib_name = get("lib_name")
 python = get("min_python")
+extras = {name: shlex.split(get(f"{name}_requirements"))
+          for name in ("notebooks", "import", "perceptual", "gym", "hub", "docs")}
+# Who develops the package needs all of it, and the tools.
+extras["dev"] = [*shlex.split(get("dev_requirements")), *sum(extras.values(), [])]
 
 setup(
     name=lib_name,
@@ -24,14 +28,29 @@ setup(
     url=get("git_url"),
     keywords=get("keywords").split(),
     license="MIT",
-    classifiers=["Programming Language :: Python :: 3", "Intended Audience :: Science/Research",
-                 "Topic :: Scientific/Engineering :: Artificial Intelligence"],
+    license_files=["LICENSE"],
+    classifiers=[
+        "Development Status :: 3 - Alpha",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Education",
+        "Intended Audience :: Science/Research",
+        "License :: OSI Approved :: MIT License",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    project_urls={
+        "Documentation": settings["DEFAULT"]["doc_host"] + settings["DEFAULT"]["doc_baseurl"],
+        "Changelog": f"{get('git_url')}/blob/{get('branch')}/CHANGELOG.md",
+    },
     packages=find_packages(include=[lib_name, f"{lib_name}.*"]),
     package_data={lib_name: ["py.typed", "assets/*"]},
     python_requires=f">={python}",
     install_requires=shlex.split(get("requirements")),
-    extras_require={extra: shlex.split(get(f"{extra}_requirements"))
-                    for extra in ("video", "hdf5", "minari", "lerobot", "gym", "dev")},
+    extras_require=extras,
     entry_points={"console_scripts": shlex.split(get("console_scripts")),
                   "nbdev": [f"{lib_name}={lib_name}._modidx:d"]},
     zip_safe=False,

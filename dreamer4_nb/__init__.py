@@ -6,12 +6,14 @@
     policy = dreamer4_nb.load_policy()
     records = dreamer4_nb.evaluate(policy)      # in the real environment
 """
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 import os
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import ArrayLike
     from torch import Generator, Tensor
@@ -28,7 +30,7 @@ if not os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}:
 
 # These functions import inside, so that `import dreamer4_nb.method` loads nothing that draws or simulates.
 
-__all__ = ["load_world", "load_policy", "dream", "evaluate"]
+__all__ = ["load_world", "load_policy", "from_pretrained", "push_to_hub", "dream", "evaluate"]
 
 
 def load_world() -> "WorldModel":
@@ -42,14 +44,26 @@ def load_policy(readout: str = "sample") -> "Policy":
 
     readout: how an action is read from its distribution: sample, mean or mode.
     """
-    from .method.agent import Policy
-    from .method.checkpoints import load_agent, load_imagination, load_tokenizer
-    from .method.generation import WorldModel
+    return from_pretrained(None, readout)
 
-    dynamics, heads = load_agent()
-    heads = load_imagination(None, heads)
-    world = WorldModel(load_tokenizer(), dynamics).eval()
-    return Policy(world, heads, readout)
+
+def from_pretrained(source: "str | Path | None", readout: str = "sample",
+                    revision: str | None = None) -> "Policy":
+    """A policy by the path of its folder, or by its name on the Hugging Face hub, owner/name.
+
+    revision: of the hub: a branch, a tag or a commit.
+    """
+    from .runs import hub
+    return hub.from_pretrained(source, readout, revision)
+
+
+def push_to_hub(folder: "str | Path", name: str, private: bool = False) -> str:
+    """Uploads a finished run with its model card to the Hugging Face hub; returns its address.
+
+    name: owner/name.
+    """
+    from .runs import hub
+    return hub.push_to_hub(folder, name, private)
 
 
 def dream(

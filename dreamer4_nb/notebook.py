@@ -18,20 +18,24 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import anywidget
-import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from IPython import get_ipython
-from IPython.display import HTML, Markdown, display
 from PIL import Image
 from torch import Tensor
 
-from .core import UserError, asset
+from .core import UserError, asset, need
 from .evaluation.pictures import image_grid, video_html
 from .method.blocks import TokenLayout
 from .runs.play import Player, open_game
+
+for library in ("IPython", "ipywidgets", "anywidget"):  # before they are imported
+    need(library, "notebooks")
+
+import anywidget
+import ipywidgets
+from IPython import get_ipython
+from IPython.display import HTML, Markdown, display
 
 # %% ../nbs/64_notebook.ipynb #cell-83
 def show_video(frames: Tensor | np.ndarray, fps: int = 25, scale: int = 4) -> HTML:

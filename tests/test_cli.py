@@ -14,6 +14,7 @@ from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.runs.judge import ship
 from dreamer4_nb.runs.presets import PRESETS
 from dreamer4_nb.runs.cli import main, parse
+from dreamer4_nb import from_pretrained
 from dreamer4_nb.core import UserError, asset
 from dreamer4_nb.method.checkpoints import load_tokenizer
 
@@ -178,12 +179,28 @@ def test_stop_and_go_on(data, tmp_path):
 
 def test_shipping_a_run_keeps_its_weights_to_half_precision(finished, tmp_path):
     written = ship(finished, tmp_path, tmp_path / "chain.json")
-    assert [path.name for path in written] == [*(f"tiny_{name}.safetensors" for name in ("tokenizer", "dynamics", "agent", "imagination")), "chain.json"]
+    assert [path.name for path in written] == [*(f"tiny_{name}.safetensors" for name in ("tokenizer", "dynamics", "agent", "imagination")), "README.md", "chain.json"]
     for made, kept in ((load_tokenizer(finished / "tokenizer.safetensors"), load_tokenizer(written[0])),
                        (load_agent(finished / "agent.safetensors")[0], load_agent(written[2])[0])):
         for a, b in zip(made.state_dict().values(), kept.state_dict().values()):
             torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
     assert json.loads(written[-1].read_text(encoding="utf-8"))["preset"]["tasks"] == ["ball_in_cup-catch"]
+
+
+def test_a_packed_run_says_what_it_is_and_is_loaded_by_its_folder(finished, tmp_path, capsys):
+    out = tmp_path / "packed"
+    assert main(["ship", "--run", str(finished), "--out", str(out)]) == 0
+    weights = [f"{name}.safetensors" for name in ("agent", "dynamics", "imagination", "tokenizer")]
+    assert sorted(path.name for path in out.iterdir()) == sorted(["README.md", *weights, "results.json"])
+    card = (out / "README.md").read_text(encoding="utf-8")
+    results = json.loads((out / "results.json").read_text(encoding="utf-8"))
+    for said in ("license: mit", "## Limits", "Training seed 0.", "random: success", f"| {results['preset']['dynamics']['train']['steps']} |"):
+        assert said in card
+    policy = from_pretrained(out)
+    for a, b in zip(policy.world.tokenizer.state_dict().values(), load_tokenizer(finished / "tokenizer.safetensors").state_dict().values()):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+    assert main(["ship", "--run", str(finished), "--out", str(finished)]) == 2
+    one_line(capsys, "the run's own folder")
 
 
 def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):

@@ -325,7 +325,7 @@ def test_ship_checks_everything_before_it_replaces_anything(copy, tmp_path, monk
     (assets / "demos_ball_in_cup-catch.npz").touch()
     monkeypatch.setattr(cli, "asset", lambda name: assets / name)
     arguments = ["ship", "--run", str(copy), "--results", str(tmp_path / "chain.json")]
-    whole = {"preset": {}, "closed_loop": [], "tokenizer": {}, "dream": {}}
+    whole = {"preset": {}, "closed_loop": [], "tokenizer": {}, "dream": {}}    # the card says what is not noted
     for text in ("[]", "{", "{}"):
         (copy / "results.json").write_text(text, encoding="utf-8")
         assert main(arguments) == 2

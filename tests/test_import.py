@@ -13,6 +13,7 @@ import torch
 from gymnasium import spaces
 from helpers import sources
 
+from dreamer4_nb import core
 from dreamer4_nb.core import UserError
 from dreamer4_nb.data.adapters import (JOURNAL, Contents, ImportSettings, Recording, align_rows, alignment_warning, check_times, fit_frame,
                                        frame_pieces, import_dataset, lag_r2, choice_rows, scale_actions)
@@ -500,16 +501,16 @@ def test_a_table_and_a_video_that_drifted_apart_are_refused(tmp_path):
 
 
 def test_a_missing_reader_says_what_to_install(tmp_path, monkeypatch, capfd):
-    real = formats.importlib.import_module
+    real = core.importlib.import_module
     def without(name):
         if name in ("h5py", "av", "minari", "pyarrow.parquet"):
             raise ImportError(f"No module named '{name}'")
         return real(name)
-    monkeypatch.setattr(formats.importlib, "import_module", without)
+    monkeypatch.setattr(core.importlib, "import_module", without)
     (tmp_path / "push").mkdir()
-    for kind, source, extra in (("hdf5", tmp_path / "x.hdf5", "hdf5"), ("videos", tmp_path / "push", "video"), ("minari", "x/y-v0", "minari"),
-                                ("lerobot", sources.FIXTURES / "lerobot_v3", "lerobot")):
-        assert f"dreamer4_nb[{extra}]" in refused_line(capfd, kind, source, tmp_path)
+    for kind, source in (("hdf5", tmp_path / "x.hdf5"), ("videos", tmp_path / "push"), ("minari", "x/y-v0"),
+                         ("lerobot", sources.FIXTURES / "lerobot_v3")):
+        assert "dreamer4_nb[import]" in refused_line(capfd, kind, source, tmp_path)
 
 
 # Stopped and continued.

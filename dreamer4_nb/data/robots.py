@@ -21,18 +21,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..core import JsonDict, UserError
+from ..core import JsonDict, UserError, need
 from ..inputs import local_path, read_json
 from .adapters import Contents, DatasetAdapter, Recording
 from .arrays import one_line
-from .formats import (LARGEST_ARRAY, LARGEST_FRAME, NpzEpisodes, VideoFolder, need, range_of, task_name,
+from .formats import (LARGEST_ARRAY, LARGEST_FRAME, NpzEpisodes, VideoFolder, range_of, task_name,
                                       video_frames)
 from .tasks import TaskSpec
 
 # %% ../../nbs/38_robots.ipynb #79ee549e
 def _child(group: Any, name: str, kind: str) -> Any:
     "A Group or Dataset that lies in the same file. `UserError` for none, and for a link to another file."
-    h5py = need("h5py", "hdf5")
+    h5py = need("h5py", "import")
     if isinstance(group.get(name, getlink=True), h5py.ExternalLink):
         raise UserError(f"{name} is a link to another file, which is not followed")
     found = group.get(name)
@@ -59,7 +59,7 @@ def _rows(group: Any, name: str) -> np.ndarray:
 
 def cameras(demo: Any) -> list[str]:
     "The cameras of a demonstration: what has (t, h, w, 3) in its `obs`, those from outside first."
-    h5py = need("h5py", "hdf5")
+    h5py = need("h5py", "import")
     obs = _child(demo, "obs", "Group")
     own = [name for name in obs if not isinstance(obs.get(name, getlink=True), h5py.ExternalLink)]
     found = [name for name in own if getattr(obs.get(name), "ndim", 0) == 4 and obs[name].shape[-1] == 3]
@@ -111,7 +111,7 @@ class Hdf5Demonstrations:
 
     def contents(self) -> Contents:
         "The demonstrations of all files, in the order of their numbers; a damaged file is named as a whole."
-        h5py = need("h5py", "hdf5")
+        h5py = need("h5py", "import")
         files = [self.path]
         if self.path.is_dir():
             files = sorted(path for path in self.path.rglob("*") if path.suffix in (".hdf5", ".h5"))
@@ -138,7 +138,7 @@ class Hdf5Demonstrations:
 # %% ../../nbs/38_robots.ipynb #dd1ad017
 def read_demonstration(file: Path, name: str, adapter: Hdf5Demonstrations) -> Recording:
     "One demonstration of an HDF5 file. It is terminated if it is done with a reward in its last step."
-    h5py = need("h5py", "hdf5")
+    h5py = need("h5py", "import")
     with h5py.File(file, "r") as opened:
         demo = _child(_child(opened, "data", "Group"), name, "Group")
         camera = pick_camera(adapter.camera, cameras(demo))
@@ -154,7 +154,7 @@ def read_demonstration(file: Path, name: str, adapter: Hdf5Demonstrations) -> Re
 
 def hdf5_frames(file: Path, group: str, camera: str, flip: bool) -> Iterator[np.ndarray]:
     "The frames of a camera, a few at a time."
-    h5py = need("h5py", "hdf5")
+    h5py = need("h5py", "import")
     with h5py.File(file, "r") as opened:
         stored = _dataset(opened[group], camera)
         if math.prod(stored.shape[1:3]) > LARGEST_FRAME:
@@ -207,7 +207,7 @@ class MinariEpisodes:
     task: a name; empty: that of the data set.
     """
     def __init__(self, source: str | Path, camera: str = "", task: str = ""):
-        minari = need("minari", "minari")
+        minari = need("minari", "import")
         folder = Path(source).expanduser()
         try:
             there = folder if (folder / "metadata.json").exists() else folder / "data"
@@ -245,7 +245,7 @@ def inside(root: Path, template: str, **numbers: int | str) -> Path:
 
 def read_parquet(path: Path, columns: list[str], **options: Any) -> dict[str, list]:
     "Columns of a Parquet file by name, those that it has. `UserError` if it is damaged."
-    parquet = need("pyarrow.parquet", "lerobot")
+    parquet = need("pyarrow.parquet", "import")
     try:
         there = parquet.read_schema(path).names
         found: dict[str, list] = parquet.read_table(path, columns=[name for name in columns if name in there],

@@ -12,6 +12,7 @@ __all__ = ['INPUT_SCALE', 'OUTPUT_SCALE', 'POSITION_SCALE', 'TRUNK', 'FETCH_TRUN
 # %% ../../nbs/07_tokenizer.ipynb #6e0cee85
 import warnings
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from ..core import Batch, UserError, check_shape
+from ..core import Batch, UserError, check_shape, need
 from ..inputs import Count, NotNegative, Share, check_fields
 from .attention import TransformerConfig
 from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
@@ -302,11 +303,12 @@ def gradient_difference(recon: Tensor, frames: Tensor, scales: int = 2) -> Tenso
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-56
 TRUNK = "alexnet-owt-7be5be79.pth"
-FETCH_TRUNK = "python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\""
+FETCH_TRUNK = ("pip install 'dreamer4_nb[perceptual]'; "
+               "python -c \"import torchvision; torchvision.models.alexnet(weights='DEFAULT')\"")
 
 
 class PerceptualLoss:
-    """LPIPS (AlexNet) where its trunk is on this machine, else image-gradient differences.
+    """LPIPS (AlexNet) where it and its trunk are on this machine, else image-gradient differences.
 
     Call it with images (n, c, h, w) in [0, 1]. Nothing is downloaded: a missing trunk is said in one printed
     line, with the command that fetches it.
@@ -314,7 +316,7 @@ class PerceptualLoss:
     kind: "lpips", "gradient" or "auto"; afterwards the attribute says which of the first two it is
     quiet: print nothing
 
-    UserError for another kind, and for "lpips" without its trunk."""
+    UserError for another kind, and for "lpips" without its library or trunk."""
 
     def __init__(self, kind: str = "auto", quiet: bool = False) -> None:
         trunk = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK
@@ -325,13 +327,14 @@ class PerceptualLoss:
         self.kind = kind
         self.net: nn.Module | None = None
         if kind == "auto":
-            self.kind = "lpips" if trunk.is_file() else "gradient"
+            self.kind = "lpips" if trunk.is_file() and find_spec("lpips") else "gradient"
             if self.kind == "gradient" and not quiet:
                 print("LPIPS: "
-                      "AlexNet's weights are not on this machine, image-gradient differences take its place. "
+                      "it or AlexNet's weights are not on this machine, "
+                      "image-gradient differences take its place. "
                       f"To fetch them: {FETCH_TRUNK}")
         if self.kind == "lpips":
-            import lpips
+            lpips = need("lpips", "perceptual")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")      # lpips calls torchvision in an old way
                 self.net = lpips.LPIPS(net="alex", verbose=False).requires_grad_(False)

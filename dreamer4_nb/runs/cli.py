@@ -387,16 +387,20 @@ class Bench:
 # %% ../../nbs/63_cli.ipynb #cell-22
 @dataclass(frozen=True)
 class Ship:
-    """Replaces the weights that the package carries, and the results that its README shows, by those of a
-    finished run."""
+    """Packs a finished run: weights in float16, results, and a model card.
+
+    With --out into a folder, which `dreamer4_nb.from_pretrained` reads and `dreamer4_nb.push_to_hub` uploads.
+    Without, it replaces the weights that the package carries and the results that its README shows."""
     run: Path = Path("runs/demo")                      # a run folder with results.json
-    results: Path = Path("nbs/results/chain.json")     # where the results go
+    out: Path | None = None                            # the folder to make
+    results: Path = Path("nbs/results/chain.json")     # without --out: where the results go
 
     def __call__(self) -> None:
-        from dreamer4_nb.runs.judge import ship
+        from dreamer4_nb.runs.judge import pack, ship
 
         assets = asset("demos_ball_in_cup-catch.npz").parent
-        for path in ship(self.run, assets, self.results):
+        written = pack(self.run, self.out) if self.out else ship(self.run, assets, self.results)
+        for path in written:
             print0(f"{path}, {path.stat().st_size / 1e6:.1f} MB")
 
 # %% ../../nbs/63_cli.ipynb #cell-27
