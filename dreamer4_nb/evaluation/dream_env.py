@@ -316,12 +316,13 @@ class DreamEnv(gymnasium.Env):
     world, contexts, options: as for `Dreams`.
     render_mode: rgb_array or None.
     """
+    metadata = {"render_modes": ["rgb_array"], "render_fps": FPS}
 
     def __init__(self, world: WorldModel, contexts: EpisodeStore, render_mode: str | None = None,
                  **options: Any) -> None:
         self.dreams = Dreams(world, contexts, drawn=render_mode is not None, **options)
         self.render_mode = render_mode
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": self.dreams.spec.frame_rate or FPS}
+        self.metadata = self.metadata | {"render_fps": self.dreams.spec.frame_rate or FPS}
         self.observation_space = self.dreams.space
         self.action_space = _space_of(self.dreams.spec)
 
