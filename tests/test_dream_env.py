@@ -131,7 +131,7 @@ def test_a_single_dream_is_the_film_of_its_noise(codes):
 def test_a_batch_equals_single_dreams_in_gymnasium_s_own_vector(codes, task, observe, mode):
     "Through several ends of each row, which come at different times: what Gymnasium does with single dreams is the reference."
     world = make_world(1, codes[task].spec(task).action_dim)
-    given = {"prefix": PREFIX, "length": 9, "agent": AGENT, "observe": observe, "reward": reward, "continues": sometimes}
+    given = {"prefix": PREFIX, "length": 6, "agent": AGENT, "observe": observe, "reward": reward, "continues": sometimes}
     many = DreamVectorEnv(world, codes[task], 3, autoreset_mode=mode, **given)
     singles = SyncVectorEnv([lambda: DreamEnv(world, codes[task], **given)] * 3, autoreset_mode=mode)
     assert many.single_action_space == singles.single_action_space and many.action_space == singles.action_space
@@ -152,7 +152,7 @@ def test_a_batch_equals_single_dreams_in_gymnasium_s_own_vector(codes, task, obs
             for row in np.flatnonzero(info.get(f"_{name}", ())):
                 assert other[f"_{name}"][row] and close(info[name][row], other[name][row])
         ends += [terminated, truncated]
-    assert (ends.sum(1) > 2).all() and len(set(ends[0])) > 1
+    assert (ends.sum(1) > 1).all() and len(set(ends[0])) > 1       # of both kinds, and not at the same times
 
 
 def test_dreams_that_end_together_stay_one_batch(codes):
