@@ -54,7 +54,7 @@ NEAREST = {
     "mixtures": ["wiring", "data"],
     "ball": ["tokenizer", "evaluation"],
     "metrics": ["evaluation", "generation", "tokenizer"],
-    "dream_env": ["generation", "evaluation"],
+    "dream_env": ["dream_env", "generation", "evaluation"],
     "closed_loop": ["evaluation", "wiring", "chain_wiring"],
     "statistics": ["evaluation"],
     "report": ["evaluation", "wiring", "chain_wiring"],

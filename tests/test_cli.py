@@ -13,6 +13,7 @@ import torch
 from dreamer4_nb.method.checkpoints import load_agent
 from dreamer4_nb.runs.judge import ship
 from dreamer4_nb.runs.presets import PRESETS
+from dreamer4_nb.runs import cli
 from dreamer4_nb.runs.cli import main, parse
 from dreamer4_nb import from_pretrained
 from dreamer4_nb.core import UserError, asset
@@ -214,3 +215,13 @@ def test_bench_writes_json_and_refuses_what_is_too_large(tmp_path, capsys):
     assert {"tokenizer_train_fps", "frame_ms", "peak_gflops_fp32", "versions"} <= json.loads((tmp_path / "bench.json").read_text(encoding="utf-8")).keys()
     assert main(["bench", "--shape", "paper", "--device", "cpu"]) == 2
     one_line(capsys, "too many to time on a CPU")
+
+
+def test_the_commands_that_a_help_text_shows_can_be_typed():
+    shown = []
+    for command in vars(cli).values():
+        lines = (getattr(command, "__doc__", None) or "").splitlines() if isinstance(command, type) else []
+        shown += [line.split()[1:] for line in lines if line.strip().startswith("dreamer4 ") and line.strip().count(" ") > 1 and ". " not in line]
+    assert ["collect", "--out"] in [words[:2] for words in shown]
+    for words in shown:
+        parse(words)

@@ -1,19 +1,16 @@
 "Dreaming: the stream equals the window, context is noised and labelled as it was trained, K + 1 forwards a frame."
-import warnings
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from gymnasium.utils.env_checker import check_env
 from helpers import models
 
 from dreamer4_nb.core import RowGenerators, UserError
 from dreamer4_nb.data.stores import Episode, EpisodeStore
-from dreamer4_nb.evaluation.dream_env import DreamEnv
 from dreamer4_nb.evaluation.metrics import pick_windows, rollout_report
 from dreamer4_nb.method.attention import TransformerConfig
-from dreamer4_nb.method.dynamics import Dynamics, DynamicsConfig, set_latent_statistics
+from dreamer4_nb.method.dynamics import DynamicsConfig, set_latent_statistics
 from dreamer4_nb.method.forcing import Schedule, sample_sequence
 from dreamer4_nb.method.generation import WorldModel, rollout
 from dreamer4_nb.method.streams import inference_bytes
@@ -224,76 +221,7 @@ def test_windows_of_a_report_begin_before_the_reward(stores):
         pick_windows(stores[1].subset([0]), prefix=14, length=16, windows=3, seed=0)
 
 
-def test_the_dream_is_a_gymnasium_environment(stores):
-    env = DreamEnv(make_world(), stores[1], prefix=PREFIX, length=5)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", message=".*alternative render modes.*")
-        check_env(env)
-
-    def episode(seed):
-        frames, done = [env.reset(seed=seed)[0]], False
-        while not done:
-            frame, reward, terminated, done, _ = env.step(np.array([0.5, -0.5], np.float32))
-            frames.append(frame)
-            assert reward == 0 and not terminated
-        return np.stack(frames)
-
-    first = episode(7)
-    assert first.shape == (6, 16, 16, 3) and first.dtype == np.uint8
-    assert np.array_equal(first, episode(7)) and not np.array_equal(first, episode(8))
-    assert env.reset(options={"episode": 2, "start": 3})[1] == {"episode": 2, "start": 3}
-
-
-def test_an_episode_of_the_dream_can_end(stores):
-    world = make_world(n_agent=1)
-    chance = iter([0.9, 0.6, 0.4])
-    env = DreamEnv(world, stores[1], prefix=PREFIX, length=9, agent=torch.ones(1, 1, 32), continues=lambda h: next(chance))
-    env.reset(seed=0)
-    ends = [env.step(np.zeros(2, np.float32))[2:4] for _ in range(3)]
-    assert ends == [(False, False), (False, False), (True, False)]
-    with pytest.raises(UserError, match="agent"):
-        DreamEnv(make_world(), stores[1], continues=lambda h: 1.0)
-
-
-def test_actions_of_the_environment_are_those_of_its_tasks(stores):
-    "A world of wider actions gets zeros in the dimensions that the contexts' task lacks."
-    torch.manual_seed(0)
-    wide = make_world()
-    dynamics = Dynamics(replace(wide.dynamics.config, action_dim=5))
-    world = WorldModel(wide.tokenizer, dynamics).eval()
-    given = []
-    world.dynamics.register_forward_pre_hook(lambda module, args, kwargs: given.append(args[3]), with_kwargs=True)
-    contexts = stores[1]
-    env = DreamEnv(world, contexts, prefix=PREFIX)
-    assert env.action_space.shape == (2,)
-    env.windows.at = widened(env.windows.at, 5)
-    env.reset(seed=0)
-    env.step(np.array([0.5, -0.5], np.float32))
-    assert torch.equal(given[-1][0, 0], torch.tensor([0.5, -0.5, 0.0, 0.0, 0.0]))
-
-
-def widened(at, width):
-    "`Windows.at` of a store joined with one of wider actions."
-    def read(number):
-        batch = at(number)
-        return replace(batch, actions=torch.nn.functional.pad(batch.actions, (0, width - batch.actions.shape[-1])))
-    return read
-
-
-def test_the_environment_names_what_is_wrong(stores):
-    world = make_world(n_agent=1)
-    env = DreamEnv(world, stores[1], prefix=PREFIX, reward=lambda h: h.mean((1, 2)), agent=torch.ones(1, 1, 32))
-    with pytest.raises(UserError, match="reset"):
-        env.step(np.zeros(2, np.float32))
-    env.reset(seed=0)
-    assert env.step(np.zeros(2, np.float32))[1] != 0
-    for wrong in (np.zeros(3, np.float32), np.array([0.0, 1.5], np.float32), np.array([np.nan, 0], np.float32)):
-        with pytest.raises(UserError, match="action"):
-            env.step(wrong)
-    with pytest.raises(UserError, match="no context"):
-        env.reset(options={"episode": 99})
-    with pytest.raises(UserError, match="agent"):
-        DreamEnv(make_world(), stores[1], reward=lambda h: h)
+def test_a_schedule_of_another_k_max_is_refused():
+    world = make_world()
     with pytest.raises(UserError, match="k_max"):
         WorldModel(world.tokenizer, world.dynamics, Schedule(k_max=16))

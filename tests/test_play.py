@@ -255,7 +255,7 @@ def test_training_takes_saved_episodes_beside_those_worth_cloning(game, player, 
     assert played.n_episodes == 2 and set(played.qualities) == {"unknown"} and played.tasks == [game.task]
     with pytest.raises(UserError, match="expert or medium"):
         check_trainable(played, clip_lengths={}, policy="categorical", labels="intended", gamma=0.95)
-    columns = play.demonstrations_of(replace(MICRO, data=f"{tmp_path}/*.zarr"), game.task)
+    columns = play.demonstrations_of(replace(MICRO, data=f"{tmp_path}/*.zarr"), game.task, played)
     again = Player(replace(game, demonstrations=columns, held_out=np.array([1])), tmp_path)
     assert again.pair.start == "demonstration 1"
     assert np.array_equal(true_context(again.pair.truth)[0][0], played.episode(1).frames[:CONTEXT])
@@ -264,7 +264,7 @@ def test_training_takes_saved_episodes_beside_those_worth_cloning(game, player, 
 def test_a_long_game_keeps_its_last_minute(player, monkeypatch):
     truth = player.pair.truth
     truth.moments = type(truth.moments)(truth.moments, maxlen=CONTEXT + 2)
-    assert KEPT == 60 * play.FPS
+    assert KEPT == 60 * player.game.fps
     for action in actions_of(4).tolist():
         ask(player, do="step", action=action)
     episode = play.played_episode(truth)
@@ -373,7 +373,7 @@ def two_tasks():
 
 def test_a_task_with_narrower_actions_than_the_world(two_tasks, tmp_path):
     world, heads = two_tasks
-    demonstrations = play.demonstrations_of(LONG, "cartpole-swingup")
+    demonstrations = play.demonstrations_of(LONG, "cartpole-swingup", None)
     game = Game(world, {"cloned": heads}, "cartpole-swingup", demonstrations, np.array([2]))
     player = Player(game, tmp_path)
     hello, _ = ask(player, do="hello")

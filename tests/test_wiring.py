@@ -181,7 +181,7 @@ def by_imagine(world, store, latents, first):
 
 def by_environment(world, store, latents, first):
     env, start = DreamEnv(world, latents, prefix=3, agent=torch.zeros(1, 1, 32)), 0 if first else 4
-    env.reset(seed=0, options={"episode": 2, "start": start})
+    env.reset(seed=0, options={"context": (2, start)})
     steps = np.random.default_rng(0).uniform(-1, 1, (3, 2)).astype(np.float32)
     for action in steps:
         env.step(action)

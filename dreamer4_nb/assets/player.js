@@ -11,7 +11,7 @@ const VIEW = `
       <canvas data-part="dream" width="64" height="64" role="img" aria-label="The dreamed frame"></canvas>
       <figcaption><b>Dream</b> <span data-part="since"></span></figcaption>
     </figure>
-    <figure>
+    <figure data-part="truth">
       <canvas data-part="simulator" width="64" height="64" role="img" aria-label="The simulator's frame"></canvas>
       <figcaption><b>Simulator</b> under the same actions</figcaption>
     </figure>
@@ -61,7 +61,7 @@ const VIEW = `
       <button data-part="episode">Save episode</button>
     </div>
     <details><summary>Keys</summary><dl>
-      <dt>arrows</dt><dd>steer</dd>
+      <dt data-part="steeringKeys">arrows</dt><dd>steer</dd>
       <dt>space</dt><dd>pause, play</dd>
       <dt>H</dt><dd>hand over, take back</dd>
       <dt>B</dt><dd>back to reality</dd>
@@ -75,6 +75,8 @@ const CURVES = { reward: "true reward", predicted: "predicted reward", value: "v
 const SHOWN = 250; // decisions in the plot
 const RAMP = 1 / 3; // a key reaches full deflection in three decisions
 const ARROWS = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowUp: [1, 1], ArrowDown: [1, -1] };
+
+const OPTIONS = "1234567890qwetyuiopasdfgjkl"; // a key for each option; H, B and R have other uses
 
 const clamp = (x, low, high) => Math.min(high, Math.max(low, x));
 const text = (x, digits = 2) => (x === null || x === undefined ? "–" : x.toFixed(digits));
@@ -229,6 +231,8 @@ function makeSteering(holder, dims, begin) {
 
   return {
     show: dims === 2 ? makePad() : makeSliders(),
+    hears: (key) => key in ARROWS,
+    rests: () => false,
     press(key) {
       keys.add(key);
       begin();
@@ -244,6 +248,51 @@ function makeSteering(holder, dims, begin) {
       const most = dragged ? 2 : RAMP;
       aim.forEach((x, d) => (action[d] += clamp(x - action[d], -most, most)));
       return action.map((x) => Number(x.toFixed(4)));
+    },
+  };
+}
+
+// Buttons for choices, one for each option. An option is taken while its key or its button is held; a choice
+// without one takes option 0. While nothing is held, time stands still.
+function makeChoosing(holder, choices, begin) {
+  const options = choices.flatMap((n, choice) => Array.from({ length: n }, (_, option) => ({ choice, option })));
+  const held = new Set(); // places in `options`
+  const tapped = new Set(); // pressed since the last decision, perhaps let go again
+  const rows = choices.map(() => document.createElement("div"));
+  const press = (place) => {
+    held.add(place);
+    tapped.add(place);
+    begin();
+  };
+  const buttons = options.map(({ choice, option }, place) => {
+    const button = document.createElement("button");
+    const key = document.createElement("kbd");
+    key.textContent = OPTIONS[place]?.toUpperCase() ?? "";
+    button.append(choices.length > 1 ? `${choice}: ${option} ` : `action ${option} `, key);
+    button.dataset.option = place;
+    button.addEventListener("pointerdown", () => press(place));
+    for (const end of ["pointerup", "pointerleave", "pointercancel"]) {
+      button.addEventListener(end, () => held.delete(place));
+    }
+    rows[choice].append(button);
+    return button;
+  });
+  rows.forEach((row) => (row.className = "d4-options"));
+  holder.replaceChildren(...rows);
+  const place = (key) => OPTIONS.indexOf(key.toLowerCase());
+
+  return {
+    show: (row) => buttons.forEach((button, i) => button.setAttribute("aria-pressed", row[i] > 0.5)),
+    hears: (key) => key.length === 1 && place(key) >= 0 && place(key) < options.length,
+    rests: () => !held.size && !tapped.size,
+    press: (key) => press(place(key)),
+    lift: (key) => held.delete(place(key)),
+    liftAll: () => held.clear(),
+    next() {
+      const chosen = choices.map(() => 0);
+      for (const now of [...tapped, ...held]) chosen[options[now].choice] = options[now].option;
+      tapped.clear();
+      return options.map(({ choice, option }) => Number(chosen[choice] === option));
     },
   };
 }
@@ -329,7 +378,15 @@ export function play(root, channel, keyboard) {
 
   function meet(hello, pictures) {
     world = hello;
-    steering = makeSteering(part("steer"), hello.action_dim, () => run(true));
+    const steer = part("steer");
+    const begin = () => run(true);
+    const choosing = hello.choices.length > 0;
+    steering = choosing ? makeChoosing(steer, hello.choices, begin) : makeSteering(steer, hello.action_dim, begin);
+    part("steeringKeys").textContent = choosing ? "1, 2, …" : "arrows";
+    part("truth").hidden = hello.missing !== "";
+    for (const option of [...part("from").options]) {
+      if (!hello.starts.includes(option.value)) option.remove();
+    }
     fill(part("steps"), hello.steps, hello.settings.steps);
     fill(part("futures"), hello.futures, hello.settings.futures);
     part("context").max = hello.contexts.length - 1;
@@ -344,7 +401,9 @@ export function play(root, channel, keyboard) {
     partner = hello.actors.find((name) => name !== "you");
     show(hello.frame, pictures);
     const hand = hello.action_dim === 2 ? "drag in the square" : "move the slider";
-    say(`${hello.task}: press an arrow key or ${hand} to steer the dream.`);
+    const how = choosing ? "hold a button or its key; time stands still while none is held."
+      : `press an arrow key or ${hand} to steer the dream.`;
+    say(`${hello.task}: ${how}${hello.missing && ` There is no simulator: ${hello.missing}.`}`);
   }
 
   function adopt(settings) {
@@ -361,7 +420,7 @@ export function play(root, channel, keyboard) {
 
   function show(frame, [dream, simulator]) {
     paint(part("dream"), dream);
-    paint(part("simulator"), simulator);
+    if (simulator) paint(part("simulator"), simulator);
     if (frame.t === 0) {
       plot.clear();
       say(`Began from ${frame.start}.`);
@@ -372,6 +431,9 @@ export function play(root, channel, keyboard) {
     part("disagreement").title = text(frame.disagreement);
     steering.show(frame.action);
     root.dataset.t = frame.t;
+    if (!frame.over) return;
+    run(false);
+    say("The true episode is over. Reset begins another one.");
   }
 
   function saved(answer, pictures) {
@@ -381,6 +443,7 @@ export function play(root, channel, keyboard) {
 
   async function step() {
     if (!running) return;
+    if (actor === "you" && steering.rests()) return run(false);
     await ask({ do: "step", action: steering.next() });
     if (!running) return;
     const now = performance.now();
@@ -394,8 +457,11 @@ export function play(root, channel, keyboard) {
     if (!world || on === running) return;
     running = on;
     part("pause").textContent = on ? "Pause" : "Play";
-    steering.liftAll();
-    if (!on) return (part("rate").textContent = "–");
+    if (!on) {
+      steering.liftAll();
+      part("rate").textContent = "–";
+      return;
+    }
     say("");
     due = performance.now();
     step();
@@ -450,7 +516,7 @@ export function play(root, channel, keyboard) {
     const pressing = key === " " && target.closest?.("button, summary, input");
     const other = event.ctrlKey || event.metaKey || event.altKey;
     if (!world || typing || pressing || other) return;
-    const action = key in ARROWS ? () => steering.press(key) : shortcuts[key.toLowerCase()];
+    const action = steering.hears(key) ? () => steering.press(key) : shortcuts[key.toLowerCase()];
     if (!action) return;
     event.preventDefault();
     if (!event.repeat) action();

@@ -193,8 +193,8 @@ Port = Annotated[int, Range(whole=True, low=0, high=65_535)]
 
 @dataclass(frozen=True)
 class Play:
-    """Opens the dream as a page in the browser. You steer it with the arrow keys, the mouse or a finger, and
-    the true simulator beside it gets the same actions.
+    """Opens the dream as a page in the browser. You steer it with keys, the mouse or a finger, and the true
+    simulator beside it, where one can be made, gets the same actions.
 
     You may hand over to a policy or the planner, begin with any demonstration, and let the dream begin anew
     from the true frames. What was played is saved as a film or as an episode. Ctrl-C ends it.
@@ -302,7 +302,7 @@ class Collect:
     only, in a hundredth of the size.
 
     The planner knows five tasks. Any other is played at random, or by a function of yours:
-    dreamer4 collect out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
+    dreamer4 collect --out out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
 
     Stop it at any moment; the same command continues where it stopped. Many processes or machines make a
     part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
