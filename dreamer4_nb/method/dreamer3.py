@@ -8,7 +8,7 @@ __all__ = ['LOSS_WEIGHTS', 'TRAINED', 'Dreamer3Config', 'mix_uniform', 'gumbel_l
            'world_loss', 'frozen', 'Actor', 'chosen_action', 'dream', 'ReturnScale', 'behavior_loss', 'new_agent',
            'dreamer3_loss', 'Dreamer3Policy']
 
-# %% ../../nbs/13_dreamer3.ipynb #5d096d3e
+# %% ../../nbs/13_dreamer3.ipynb #2425449f
 import contextlib
 import copy
 import math
@@ -29,7 +29,7 @@ from .agent import AgentConfig, BinaryHead, ScalarHead, Source, masked_mean
 from .flow import noise_like
 from .imagination import Losses, lambda_returns, weighted_mean
 
-# %% ../../nbs/13_dreamer3.ipynb #b3d47eee
+# %% ../../nbs/13_dreamer3.ipynb #f2eea01a
 @dataclass(frozen=True)
 class Dreamer3Config:
     "Sizes of a Dreamer 3, and what it learns by. UserError for values out of range."
@@ -69,7 +69,7 @@ class Dreamer3Config:
         "Width of h and z together."
         return self.deter + self.latent
 
-# %% ../../nbs/13_dreamer3.ipynb #49798bb0
+# %% ../../nbs/13_dreamer3.ipynb #3e288f4f
 def mix_uniform(logits: Tensor, share: float) -> Tensor:
     "ln p of p = (1 − share) · softmax(logits) + share / n, over the last axis of (..., n)."
     p = F.softmax(logits.float(), -1)
@@ -94,22 +94,22 @@ def straight_through(log_p: Tensor, noise: Tensor | None = None) -> Tensor:
     hot = F.one_hot(chosen.argmax(-1), p.shape[-1]).to(p)
     return hot + (p - p.detach())
 
-# %% ../../nbs/13_dreamer3.ipynb #0472515b
+# %% ../../nbs/13_dreamer3.ipynb #8bace988
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     "KL[p ‖ q] (...) of independent categoricals, summed over them: (..., groups, classes)."
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
 
 
 def balanced_kl(posterior: Tensor, prior: Tensor, free: float) -> tuple[Tensor, Tensor]:
-    """max(free, KL[sg(posterior) ‖ prior]) trains the prior, max(free, KL[posterior ‖ sg(prior)]) the posterior.
-    Returns both, each (...).
+    """The dynamics loss max(free, KL[sg(posterior) ‖ prior]) and the representation loss
+    max(free, KL[posterior ‖ sg(prior)]), both (...). The first trains the prior, the second the posterior.
 
-    posterior, prior: ln p (..., groups, classes); free: nats. sg stops the gradient."""
+    posterior, prior: ln p (..., groups, classes); free: nats. sg(x) stops the gradient."""
     dynamics = categorical_kl(posterior.detach(), prior)
     representation = categorical_kl(posterior, prior.detach())
     return dynamics.clamp(min=free), representation.clamp(min=free)
 
-# %% ../../nbs/13_dreamer3.ipynb #01a4fa29
+# %% ../../nbs/13_dreamer3.ipynb #5a22906c
 def layer(width: int, out: int) -> nn.Sequential:
     "A linear layer, layer normalization and SiLU."
     return nn.Sequential(nn.Linear(width, out, bias=False), nn.LayerNorm(out), nn.SiLU())
@@ -130,7 +130,7 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * candidate + (1 - update) * h
 
-# %% ../../nbs/13_dreamer3.ipynb #87e8af96
+# %% ../../nbs/13_dreamer3.ipynb #6d8faacc
 class ChannelNorm(nn.Module):
     "Layer normalization over the channels of images (n, c, h, w)."
 
@@ -190,7 +190,7 @@ class Decoder(nn.Module):
         y: Tensor = self.net(x.contiguous(memory_format=torch.channels_last)).unflatten(0, features.shape[:2])
         return y.float() + 0.5
 
-# %% ../../nbs/13_dreamer3.ipynb #8f0f2bbe
+# %% ../../nbs/13_dreamer3.ipynb #ff2fe263
 class Seen(NamedTuple):
     "What a world makes of frames, or of a dream, for each of t steps."
     h: Tensor          # (b, t, deter)
@@ -262,7 +262,7 @@ class RecurrentWorld(nn.Module):
         hs, zs, posteriors = (torch.stack(column, 1) for column in zip(*steps))
         return Seen(hs, zs, posteriors, self.classes(self.prior(hs)))
 
-# %% ../../nbs/13_dreamer3.ipynb #052e9924
+# %% ../../nbs/13_dreamer3.ipynb #a70cc366
 def world_loss(world: RecurrentWorld, batch: Batch,
                generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen]:
     """Losses of the world by name, metrics, and the states of the batch.
@@ -285,7 +285,7 @@ def world_loss(world: RecurrentWorld, batch: Batch,
     kl = categorical_kl(seen.posterior, seen.prior).mean().detach()
     return {name: masked_mean(loss, valid) for name, loss in losses.items()}, {"kl": kl}, seen
 
-# %% ../../nbs/13_dreamer3.ipynb #8206acb8
+# %% ../../nbs/13_dreamer3.ipynb #2c2a7ee1
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     "Inside, gradients pass through the modules and reach none of their weights."
@@ -321,7 +321,7 @@ def chosen_action(choice: Normal, noise: Tensor) -> Tensor:
     action = choice.mean + choice.stddev * noise
     return action + (action.clamp(-1, 1) - action).detach()
 
-# %% ../../nbs/13_dreamer3.ipynb #305b99a0
+# %% ../../nbs/13_dreamer3.ipynb #62e1f6cb
 def dream(world: RecurrentWorld, actor: Actor, h: Tensor, z: Tensor, horizon: int,
           generator: Source) -> tuple[Tensor, list[Normal]]:
     """Features (n, horizon + 1, f) of dreams that begin in states h (n, deter), z (n, latent), and what was
@@ -355,7 +355,7 @@ class ReturnScale(nn.Module):
         self.limits.lerp_(torch.quantile(returns.float().flatten(), share), 1 - self.decay)
         return (self.limits[1] - self.limits[0]).clamp(min=1)
 
-# %% ../../nbs/13_dreamer3.ipynb #0738a6fd
+# %% ../../nbs/13_dreamer3.ipynb #ede59466
 def behavior_loss(modules: dict[str, nn.Module], starts: Seen, goes_on: Tensor,
                   generator: torch.Generator) -> Losses:
     """Losses of actor and critic on dreams that begin in states (b, t).
@@ -383,7 +383,7 @@ def behavior_loss(modules: dict[str, nn.Module], starts: Seen, goes_on: Tensor,
                "scale": scale}
     return losses, {name: metric.detach() for name, metric in metrics.items()}
 
-# %% ../../nbs/13_dreamer3.ipynb #9b65da67
+# %% ../../nbs/13_dreamer3.ipynb #506e892e
 LOSS_WEIGHTS = {"dynamics": 0.5, "representation": 0.1}  # all others have 1 (2023, Eq. 5)
 TRAINED = ["world", "actor", "critic"]
 
@@ -406,7 +406,7 @@ def dreamer3_loss(modules: dict[str, nn.Module], batch: Batch, generator: torch.
     behavior, dreamed = behavior_loss(modules, seen, batch.continues, generator)
     return losses | behavior, metrics | dreamed
 
-# %% ../../nbs/13_dreamer3.ipynb #8d82e54c
+# %% ../../nbs/13_dreamer3.ipynb #10cffca5
 class Dreamer3Policy:
     """Acts from pixels, for a batch of environments at once: advance, see the frame, choose.
 

@@ -6,7 +6,7 @@
 __all__ = ['episodes_path', 'play_before', 'train_on', 'fitted', 'note_preset', 'train_dreamer3', 'curve', 'curve_figure',
            'load_dreamer3', 'reconstruct', 'image_report', 'spread', 'evaluate_dreamer3', 'evaluation_table']
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #f7b03abc
+# %% ../../nbs/65_dreamer3_runs.ipynb #b30283c8
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -33,13 +33,13 @@ from ..evaluation.statistics import Records, bootstrap
 from ..inputs import from_dict, local_path, read_json, to_dict
 from ..method.dreamer3 import (LOSS_WEIGHTS, TRAINED, Dreamer3Policy, RecurrentWorld,
                                          dreamer3_loss, new_agent)
-from .folder import differences, take_lock
+from .folder import deciding, differences, take_lock
 from .judge import machine, save_figure
 from .online import gather
 from .presets import Dreamer3Preset
 from ..training.loop import fit
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #76cbffd1
+# %% ../../nbs/65_dreamer3_runs.ipynb #4dd4d394
 def episodes_path(folder: Path, number: int) -> Path:
     "Where the episodes that are played before round `number` are."
     return folder / f"episodes-{number:04}.zarr"
@@ -70,7 +70,7 @@ def train_on(settings: Dreamer3Preset, number: int, modules: dict[str, nn.Module
     state = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
     save_checkpoint(folder / "dreamer3.safetensors", state, config)
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #65d60031
+# %% ../../nbs/65_dreamer3_runs.ipynb #46b0e8af
 def fitted(settings: Dreamer3Preset) -> Dreamer3Preset:
     "The settings with as many actions as the task has. `UserError` for a task without continuous actions."
     spec = env_spec(settings.task)
@@ -86,8 +86,8 @@ def note_preset(folder: Path, settings: Dreamer3Preset) -> None:
     `UserError` if the folder holds a run with other settings."""
     path = folder / "config.json"
     if path.exists():
-        there = read_json(path, "put back a copy of it, or choose another --run")
-        found = differences(there | {"rounds": settings.rounds}, to_dict(settings))
+        there = read_json(path, "put back a copy of it, or choose another --run") | {"rounds": settings.rounds}
+        found = differences(deciding(there), deciding(to_dict(settings)))
         if found:
             raise UserError(f"{folder} holds a run made otherwise: {'; '.join(found[:3])}; "
                             "choose another --run")
@@ -117,7 +117,7 @@ def train_dreamer3(folder: str | Path, settings: Dreamer3Preset) -> None:
                    f"{row['steps']} environment steps; {played - began:.0f} s of acting, "
                    f"{time.perf_counter() - played:.0f} s of training")
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #4919df75
+# %% ../../nbs/65_dreamer3_runs.ipynb #3c503b3a
 def curve(folder: Path) -> list[dict[str, float]]:
     """Of the episodes before each round: their mean return, and the environment steps up to their end.
 
@@ -148,7 +148,7 @@ def curve_figure(rows: list[dict[str, float]], floor: float, goal: float | None 
     ax.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #4e9a94e3
+# %% ../../nbs/65_dreamer3_runs.ipynb #09c35f96
 def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Preset]:
     "The modules of a run as its last whole round left them, and its settings. `UserError` if there is none."
     folder = local_path(Path(folder))
@@ -188,7 +188,7 @@ def spread(returns: np.ndarray) -> dict[str, float]:
     return {"mean": float(returns.mean()), "low": low, "high": high, "std": float(returns.std(ddof=1)),
             "median": float(np.median(returns)), "min": float(returns.min()), "max": float(returns.max())}
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #b79d0842
+# %% ../../nbs/65_dreamer3_runs.ipynb #29054b7b
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:
     """Judges a run: deterministic episodes on new seeds, reconstructions, and the floors of both.
 
@@ -224,7 +224,7 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
     save_video(folder / "episode.webp", film[::2], fps=20, scale=2)
     return report
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #ce8b5312
+# %% ../../nbs/65_dreamer3_runs.ipynb #597a13d0
 def evaluation_table(report: JsonDict) -> list[dict[str, str]]:
     "The report of `evaluate_dreamer3` as rows of text: the policy, and random actions as the floor."
     rows = []
