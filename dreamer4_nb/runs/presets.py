@@ -470,7 +470,7 @@ class Dreamer3Preset:
 
 
 _large_model = Dreamer3Config(stem=2, channels=32, embedding=1024, deter=512, groups=32, classes=32, hidden=512,
-                              value_bins=255, reach=20.0, every=1, gamma=0.997)
+                              value_bins=255, reach=20.0, every=1, gamma=0.997, entropy=3e-4, pace=1.0)
 _large_train = replace(Dreamer3Preset().train, lr=1e-4)
 _micro_model = Dreamer3Config(image=16, stem=2, channels=4, embedding=8, deter=8, groups=2, classes=3, hidden=8,
                               value_bins=9, horizon=3)
