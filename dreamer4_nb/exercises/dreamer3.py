@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_switch', 'check_alpha_kl', 'check_reinforced']
 
-# %% ../../nbs/93_check_dreamer3.ipynb #44bcc1c0
+# %% ../../nbs/93_check_dreamer3.ipynb #434b778f
 from collections.abc import Callable
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import Wrong, compare, exercise
 from ..method.dreamer3 import categorical_kl
 
-# %% ../../nbs/93_check_dreamer3.ipynb #01e78271
+# %% ../../nbs/93_check_dreamer3.ipynb #0b25de1d
 @exercise
 def check_switch(switch: Callable) -> None:
     "Exercise 1: `switch(logit, u)` is 1 where u is below the chance, with the gradient of the chance."
@@ -43,7 +43,7 @@ def check_switch(switch: Callable) -> None:
     otherwise = "the values are right; the gradient is not that of the chance"
     compare(gradient, weight * p * (1 - p), mistakes, otherwise)
 
-# %% ../../nbs/93_check_dreamer3.ipynb #7aecafd0
+# %% ../../nbs/93_check_dreamer3.ipynb #d7713fae
 @exercise
 def check_alpha_kl(alpha_kl: Callable) -> None:
     "Exercise 2: `alpha_kl(log_q, log_p, alpha)` balances one KL by one number; a mean over rows."
@@ -80,7 +80,7 @@ def check_alpha_kl(alpha_kl: Callable) -> None:
     otherwise = "the value is right; which side does each term train?"
     compare(found, torch.stack(by_loss(0.8, 0.2)), mistakes, otherwise)
 
-# %% ../../nbs/93_check_dreamer3.ipynb #10e1307b
+# %% ../../nbs/93_check_dreamer3.ipynb #baf6d96a
 @exercise
 def check_reinforced(reinforced: Callable) -> None:
     "Exercise 3: `reinforced(log_prob, entropy, returns, values, spread, eta)` is an actor's REINFORCE loss."
@@ -92,7 +92,9 @@ def check_reinforced(reinforced: Callable) -> None:
     for size in (4.0, 0.5):
         spread = torch.tensor(size, dtype=torch.float64)
 
-        def loss(advantage: Tensor, scale: Tensor = spread.clamp(min=1), eta: float = eta) -> Tensor:
+        limited = spread.clamp(min=1)
+
+        def loss(advantage: Tensor, scale: Tensor = limited, eta: float = eta) -> Tensor:
             return -((advantage / scale).detach() * log_prob + eta * entropy).mean()
 
         right = loss(returns - values)
@@ -100,7 +102,7 @@ def check_reinforced(reinforced: Callable) -> None:
         mistakes = {
             "the scale is S at least 1: small returns stay small": loss(returns - values, spread),
             "the returns are not divided by their spread": loss(returns - values, torch.ones_like(spread)),
-            "divide the advantage only; the entropy keeps its weight": -everything / spread.clamp(min=1),
+            "divide the advantage only; the entropy keeps its weight": -everything / limited,
             "the critic's value is missing: how much better than expected was the step?": loss(returns),
             "the advantage has the wrong sign": loss(values - returns),
             "a loss is minimized: this one makes good actions rarer": -right,

@@ -336,7 +336,7 @@ def all_stop(stop: threading.Event, world: int, asking: bool, device: torch.devi
     return bool(all_mean(wanted))
 
 # %% ../../nbs/42_loop.ipynb #cell-56
-def say_stopped(name: str, step: int, config: TrainConfig, checkpoints: Checkpoints | None, resume_hint: str,
+def say_stopped(name: str, step: int, last: int, checkpoints: Checkpoints | None, resume_hint: str,
                 rank: int) -> None:
     "Wait until the state is on the disk; then rank 0 prints where it is and how to continue."
     saved = "nothing was saved, as there is no run folder"
@@ -345,7 +345,7 @@ def say_stopped(name: str, step: int, config: TrainConfig, checkpoints: Checkpoi
         path = checkpoints.last()
         saved = f"saved in {path}. To go on: {resume_hint}" if path else "nothing is left in the run folder"
     if rank == 0:
-        print(f"{name}: stopped at step {step} of {config.steps}; {saved}", flush=True)
+        print(f"{name}: stopped at step {step} of {last}; {saved}", flush=True)
 
 # %% ../../nbs/42_loop.ipynb #cell-58
 def prepare(modules: dict[str, nn.Module], loss_fn: Callable, config: TrainConfig, mesh: DeviceMesh | None,
@@ -563,7 +563,7 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
         step = run_steps(trainer, batches, weights, start, until, log, bar, stop)
         if step < until:
             bar.close()
-            say_stopped(name, step, config, trainer.checkpoints, resume_hint, trainer.rank)
+            say_stopped(name, step, until, trainer.checkpoints, resume_hint, trainer.rank)
             raise KeyboardInterrupt
     if step == config.steps:
         trainer.finish()
