@@ -6,7 +6,7 @@
 __all__ = ['episodes_path', 'play_before', 'train_on', 'fitted', 'note_preset', 'train_dreamer3', 'curve', 'curve_figure',
            'load_dreamer3', 'reconstruct', 'image_report', 'spread', 'evaluate_dreamer3', 'evaluation_table']
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #59b1e52d
+# %% ../../nbs/65_dreamer3_runs.ipynb #ce65bb26
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +39,7 @@ from .online import gather
 from .presets import Dreamer3Preset
 from ..training.loop import fit
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #b672e333
+# %% ../../nbs/65_dreamer3_runs.ipynb #2251cbb4
 def episodes_path(folder: Path, number: int) -> Path:
     "Where the episodes that are played before round `number` are."
     return folder / f"episodes-{number:04}.zarr"
@@ -70,7 +70,7 @@ def train_on(settings: Dreamer3Preset, number: int, modules: dict[str, nn.Module
     state = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
     save_checkpoint(folder / "dreamer3.safetensors", state, config)
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #a578bf6f
+# %% ../../nbs/65_dreamer3_runs.ipynb #875dc5e5
 def fitted(settings: Dreamer3Preset) -> Dreamer3Preset:
     "The settings with as many actions as the task has. `UserError` for a task without continuous actions."
     spec = env_spec(settings.task)
@@ -117,7 +117,7 @@ def train_dreamer3(folder: str | Path, settings: Dreamer3Preset) -> None:
                    f"{row['steps']} environment steps; {played - began:.0f} s of acting, "
                    f"{time.perf_counter() - played:.0f} s of training")
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #2e51d102
+# %% ../../nbs/65_dreamer3_runs.ipynb #b17a5c16
 def curve(folder: Path) -> list[dict[str, float]]:
     """Of the episodes before each round: their mean return, and the environment steps up to their end.
 
@@ -148,7 +148,7 @@ def curve_figure(rows: list[dict[str, float]], floor: float, goal: float | None 
     ax.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #52031cd8
+# %% ../../nbs/65_dreamer3_runs.ipynb #c836239d
 def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Preset]:
     "The modules of a run as its last whole round left them, and its settings. `UserError` if there is none."
     folder = local_path(Path(folder))
@@ -188,7 +188,7 @@ def spread(returns: np.ndarray) -> dict[str, float]:
     return {"mean": float(returns.mean()), "low": low, "high": high, "std": float(returns.std(ddof=1)),
             "median": float(np.median(returns)), "min": float(returns.min()), "max": float(returns.max())}
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #c0aaa639
+# %% ../../nbs/65_dreamer3_runs.ipynb #c15f3046
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:
     """Judges a run: deterministic episodes on new seeds, reconstructions, and the floors of both.
 
@@ -224,7 +224,7 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
     save_video(folder / "episode.webp", film[::2], fps=20, scale=2)
     return report
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #5b852e8c
+# %% ../../nbs/65_dreamer3_runs.ipynb #7cc88b5d
 def evaluation_table(report: JsonDict) -> list[dict[str, str]]:
     "The report of `evaluate_dreamer3` as rows of text: the policy, and random actions as the floor."
     rows = []
