@@ -219,17 +219,17 @@ def test_reconstruction_shows_the_mean_frame_floor():
     "A world that draws the truth has no error; the mean frame of two pictures does."
     class Perfect:
         def observe(self, frames, actions, generator):
-            assert not actions[0, 0].any() and actions.shape[1] == frames.shape[1]
+            assert not actions[:, 0].any() and actions[:, 1:].all() and actions.shape[:2] == frames.shape[:2]
             return type("Seen", (), {"features": frames})
 
         def decoder(self, features):
             return features
 
     rng = np.random.default_rng(0)
-    frames = rng.integers(0, 256, (1, 4, *FRAME), np.uint8)
-    played = type("Records", (), {"frames": frames, "actions": np.ones((1, 3, 2), np.float32)})
+    frames = rng.integers(0, 256, (5, 4, *FRAME), np.uint8)
+    played = type("Records", (), {"frames": frames, "actions": np.ones((5, 3, 2), np.float32)})
     report = runs.image_report(Perfect(), played, every=2)
-    true = torch.from_numpy(frames[0, ::2] / 255.0)
+    true = torch.from_numpy(frames[:, ::2] / 255.0).flatten(0, 1)
     error = (true - true.mean(0)).square().mean()
     assert report["reconstruction"]["psnr"] > 60 and report["reconstruction"]["ssim"] == pytest.approx(1)
     assert report["mean_frame"]["psnr"] == pytest.approx(float(-10 * error.log10()), abs=1e-3)

@@ -6,7 +6,7 @@
 __all__ = ['episodes_path', 'play_before', 'train_on', 'fitted', 'note_preset', 'train_dreamer3', 'curve', 'curve_figure',
            'load_dreamer3', 'reconstruct', 'image_report', 'spread', 'evaluate_dreamer3', 'evaluation_table']
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #ce65bb26
+# %% ../../nbs/65_dreamer3_runs.ipynb #16b90712
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +18,8 @@ import torch.nn as nn
 from filelock import FileLock
 from torch import Tensor
 
-from ..core import (JsonDict, UserError, load_checkpoint, load_weights, print0, save_checkpoint,
-                              seed_everything, step_generator, to_float, write_json)
+from ..core import (JsonDict, UserError, load_checkpoint, load_weights, print0, row_chunks,
+                              save_checkpoint, seed_everything, step_generator, to_float, write_json)
 from ..data.acting import act_episodes, choose_randomly, demonstrate
 from ..data.arrays import exists
 from ..data.envs import env_spec
@@ -39,7 +39,7 @@ from .online import gather
 from .presets import Dreamer3Preset
 from ..training.loop import fit
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #2251cbb4
+# %% ../../nbs/65_dreamer3_runs.ipynb #dd66427d
 def episodes_path(folder: Path, number: int) -> Path:
     "Where the episodes that are played before round `number` are."
     return folder / f"episodes-{number:04}.zarr"
@@ -70,7 +70,7 @@ def train_on(settings: Dreamer3Preset, number: int, modules: dict[str, nn.Module
     state = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
     save_checkpoint(folder / "dreamer3.safetensors", state, config)
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #875dc5e5
+# %% ../../nbs/65_dreamer3_runs.ipynb #222100b3
 def fitted(settings: Dreamer3Preset) -> Dreamer3Preset:
     "The settings with as many actions as the task has. `UserError` for a task without continuous actions."
     spec = env_spec(settings.task)
@@ -86,8 +86,8 @@ def note_preset(folder: Path, settings: Dreamer3Preset) -> None:
     `UserError` if the folder holds a run with other settings."""
     path = folder / "config.json"
     if path.exists():
-        there = read_json(path, "put back a copy of it, or choose another --run") | {"rounds": settings.rounds}
-        found = differences(deciding(there), deciding(to_dict(settings)))
+        there = read_json(path, "put back a copy of it, or choose another --run")
+        found = differences(deciding(there | {"rounds": settings.rounds}), deciding(to_dict(settings)))
         if found:
             raise UserError(f"{folder} holds a run made otherwise: {'; '.join(found[:3])}; "
                             "choose another --run")
@@ -117,7 +117,7 @@ def train_dreamer3(folder: str | Path, settings: Dreamer3Preset) -> None:
                    f"{row['steps']} environment steps; {played - began:.0f} s of acting, "
                    f"{time.perf_counter() - played:.0f} s of training")
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #b17a5c16
+# %% ../../nbs/65_dreamer3_runs.ipynb #42944c59
 def curve(folder: Path) -> list[dict[str, float]]:
     """Of the episodes before each round: their mean return, and the environment steps up to their end.
 
@@ -148,7 +148,7 @@ def curve_figure(rows: list[dict[str, float]], floor: float, goal: float | None 
     ax.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #c836239d
+# %% ../../nbs/65_dreamer3_runs.ipynb #0531e5a6
 def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Preset]:
     "The modules of a run as its last whole round left them, and its settings. `UserError` if there is none."
     folder = local_path(Path(folder))
@@ -164,21 +164,25 @@ def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Pre
 
 
 @torch.no_grad()
-def reconstruct(world: RecurrentWorld, frames: np.ndarray, actions: np.ndarray) -> Tensor:
-    "Frames (t, c, h, w) that a world makes of an episode's frames (t, h, w, c) and decisions (t − 1, a)."
-    x = to_float(torch.from_numpy(frames))[None]
-    led_to = torch.from_numpy(np.concatenate([np.zeros_like(actions[:1]), actions]))[None]
-    return world.decoder(world.observe(x, led_to, step_generator(0)).features)[0].clamp(0, 1)
+def reconstruct(world: RecurrentWorld, frames: np.ndarray, actions: np.ndarray, every: int = 1) -> Tensor:
+    """What a world makes of episodes: every so-manieth frame (b, t / every, c, h, w) in [0, 1].
+
+    frames: (b, t, h, w, c) uint8. actions: the decisions (b, t − 1, a); each led to the frame after it."""
+    led_to = torch.from_numpy(np.concatenate([np.zeros_like(actions[:, :1]), actions], 1))
+    seen = world.observe(to_float(torch.from_numpy(frames)), led_to, step_generator(0))
+    return world.decoder(seen.features[:, ::every]).clamp(0, 1)
 
 
 def image_report(world: RecurrentWorld, played: Records, every: int = 10) -> dict[str, dict[str, float]]:
     """PSNR and SSIM of reconstructions, and of the mean of the frames that are measured, which is the floor.
 
     played: episodes with their frames. every: one frame in so many is measured."""
-    pairs = zip(played.frames, played.actions)
-    made = torch.cat([reconstruct(world, frames, actions)[::every] for frames, actions in pairs])
-    true = torch.cat([to_float(torch.from_numpy(frames[::every])) for frames in played.frames])
-    return {"reconstruction": image_metrics(made, true),
+    made = []
+    for rows in row_chunks(len(played.frames), 1, 4):
+        own = slice(rows.start, rows.stop)
+        made.append(reconstruct(world, played.frames[own], played.actions[own], every).flatten(0, 1))
+    true = to_float(torch.from_numpy(played.frames[:, ::every])).flatten(0, 1)
+    return {"reconstruction": image_metrics(torch.cat(made), true),
             "mean_frame": image_metrics(true.mean(0).expand_as(true), true)}
 
 
@@ -188,7 +192,7 @@ def spread(returns: np.ndarray) -> dict[str, float]:
     return {"mean": float(returns.mean()), "low": low, "high": high, "std": float(returns.std(ddof=1)),
             "median": float(np.median(returns)), "min": float(returns.min()), "max": float(returns.max())}
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #c15f3046
+# %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:
     """Judges a run: deterministic episodes on new seeds, reconstructions, and the floors of both.
 
@@ -205,8 +209,9 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
     common = {"decisions": settings.decisions, "workers": settings.workers, "image": settings.model.image}
     policy = Dreamer3Policy(modules, "mean")
     played = evaluate_policy(policy, settings.task, seeds, keep=episodes, **common)
-    random = evaluate_policy(RandomPolicy(settings.model.action_dim), settings.task, seeds,
-                             keep=min(episodes, 4), **common)
+    at_random = RandomPolicy(settings.model.action_dim)
+    random = evaluate_policy(at_random, settings.task, seeds, **common)
+    random_seen = evaluate_policy(at_random, settings.task, seeds[:2], keep=2, **common)
     report = {
         "task": settings.task, "first_seed": first_seed, "episodes": episodes,
         "decisions": settings.decisions,
@@ -214,23 +219,23 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
         "parameters": {name: sum(x.numel() for x in modules[name].parameters()) for name in TRAINED},
         "return": spread(played.returns), "random": spread(random.returns),
         "images": image_report(modules["world"], played),
-        "images_of_random": image_report(modules["world"], random),
+        "images_of_random": image_report(modules["world"], random_seen),
         "curve": rows, "machine": machine(),
     }
     write_json(folder / "evaluation.json", report)
     save_figure(curve_figure(rows, report["random"]["mean"]), folder / "curve.png")
-    shown = reconstruct(modules["world"], played.frames[0], played.actions[0])
+    shown = reconstruct(modules["world"], played.frames[:1], played.actions[:1])[0]
     film = torch.cat([to_float(torch.from_numpy(played.frames[0])), shown], 2)
     save_video(folder / "episode.webp", film[::2], fps=20, scale=2)
     return report
 
-# %% ../../nbs/65_dreamer3_runs.ipynb #7cc88b5d
+# %% ../../nbs/65_dreamer3_runs.ipynb #bd3b1b9c
 def evaluation_table(report: JsonDict) -> list[dict[str, str]]:
     "The report of `evaluate_dreamer3` as rows of text: the policy, and random actions as the floor."
     rows = []
-    for name, returns, images in (("dreamer3", "return", "reconstruction"), ("floor", "random", "mean_frame")):
-        row = {"": name}
-        row |= {key: f"{report[returns][key]:.1f}" for key in ("mean", "low", "high", "std", "median", "min", "max")}
-        row |= {"SSIM": f"{report['images'][images]['ssim']:.3f}", "PSNR": f"{report['images'][images]['psnr']:.1f} dB"}
-        rows.append(row)
+    measured = (("dreamer3", report["return"], report["images"]["reconstruction"]),
+                ("floor", report["random"], report["images"]["mean_frame"]))
+    for name, returns, images in measured:
+        row = {"": name} | {key: f"{value:.1f}" for key, value in returns.items()}
+        rows.append(row | {"SSIM": f"{images['ssim']:.3f}", "PSNR": f"{images['psnr']:.1f} dB"})
     return rows
