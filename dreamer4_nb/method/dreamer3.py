@@ -8,7 +8,7 @@ __all__ = ['LOSS_WEIGHTS', 'TRAINED', 'Dreamer3Config', 'mix_uniform', 'gumbel_l
            'world_loss', 'frozen', 'Actor', 'chosen_action', 'dream', 'ReturnScale', 'behavior_loss', 'new_agent',
            'dreamer3_loss', 'Dreamer3Policy']
 
-# %% ../../nbs/13_dreamer3.ipynb #94ef269b
+# %% ../../nbs/13_dreamer3.ipynb #2d020590
 import contextlib
 import copy
 import math
@@ -29,7 +29,7 @@ from .agent import AgentConfig, BinaryHead, ScalarHead, Source, masked_mean
 from .flow import noise_like
 from .imagination import Losses, lambda_returns, weighted_mean
 
-# %% ../../nbs/13_dreamer3.ipynb #c3d08fab
+# %% ../../nbs/13_dreamer3.ipynb #5c7107b3
 @dataclass(frozen=True)
 class Dreamer3Config:
     "Sizes of a Dreamer 3, and what it learns by. UserError for values out of range."
@@ -70,7 +70,7 @@ class Dreamer3Config:
         "Width of h and z together."
         return self.deter + self.latent
 
-# %% ../../nbs/13_dreamer3.ipynb #46662cb4
+# %% ../../nbs/13_dreamer3.ipynb #6b4e8b55
 def mix_uniform(logits: Tensor, share: float) -> Tensor:
     "ln p of p = (1 − share) · softmax(logits) + share / n, over the last axis of (..., n)."
     p = F.softmax(logits.float(), -1)
@@ -95,7 +95,7 @@ def straight_through(log_p: Tensor, noise: Tensor | None = None) -> Tensor:
     hot = F.one_hot(chosen.argmax(-1), p.shape[-1]).to(p)
     return hot + (p - p.detach())
 
-# %% ../../nbs/13_dreamer3.ipynb #bb2b7fa0
+# %% ../../nbs/13_dreamer3.ipynb #14c0e0d0
 def categorical_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     "KL[p ‖ q] (...) of independent categoricals, summed over them: (..., groups, classes)."
     return (log_p.exp() * (log_p - log_q)).sum((-2, -1))
@@ -110,7 +110,7 @@ def balanced_kl(posterior: Tensor, prior: Tensor, free: float) -> tuple[Tensor, 
     representation = categorical_kl(posterior, prior.detach())
     return dynamics.clamp(min=free), representation.clamp(min=free)
 
-# %% ../../nbs/13_dreamer3.ipynb #e838132d
+# %% ../../nbs/13_dreamer3.ipynb #3abfd449
 def layer(width: int, out: int) -> nn.Sequential:
     "A linear layer, layer normalization and SiLU."
     return nn.Sequential(nn.Linear(width, out, bias=False), nn.LayerNorm(out), nn.SiLU())
@@ -131,7 +131,7 @@ class NormGRU(nn.Module):
         update = torch.sigmoid(update - 1)
         return update * candidate + (1 - update) * h
 
-# %% ../../nbs/13_dreamer3.ipynb #845ab583
+# %% ../../nbs/13_dreamer3.ipynb #c05a37e8
 class ChannelNorm(nn.Module):
     "Layer normalization over the channels of images (n, c, h, w)."
 
@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         y: Tensor = self.net(x.contiguous(memory_format=torch.channels_last)).unflatten(0, features.shape[:2])
         return y.float() + 0.5
 
-# %% ../../nbs/13_dreamer3.ipynb #f6c40ba9
+# %% ../../nbs/13_dreamer3.ipynb #6716edc4
 class Seen(NamedTuple):
     "What a world makes of frames, or of a dream, for each of t steps."
     h: Tensor          # (b, t, deter)
@@ -263,7 +263,7 @@ class RecurrentWorld(nn.Module):
         hs, zs, posteriors = (torch.stack(column, 1) for column in zip(*steps))
         return Seen(hs, zs, posteriors, self.classes(self.prior(hs)))
 
-# %% ../../nbs/13_dreamer3.ipynb #f36c4091
+# %% ../../nbs/13_dreamer3.ipynb #0a5f55ac
 def world_loss(world: RecurrentWorld, batch: Batch,
                generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen]:
     """Losses of the world by name, metrics, and the states of the batch.
@@ -286,7 +286,7 @@ def world_loss(world: RecurrentWorld, batch: Batch,
     kl = categorical_kl(seen.posterior, seen.prior).mean().detach()
     return {name: masked_mean(loss, valid) for name, loss in losses.items()}, {"kl": kl}, seen
 
-# %% ../../nbs/13_dreamer3.ipynb #a4efa180
+# %% ../../nbs/13_dreamer3.ipynb #2a657416
 @contextlib.contextmanager
 def frozen(*modules: nn.Module) -> Iterator[None]:
     "Inside, gradients pass through the modules and reach none of their weights."
@@ -326,7 +326,7 @@ def chosen_action(choice: Normal, noise: Tensor) -> Tensor:
     action = choice.mean + choice.stddev * noise
     return action + (action.clamp(-1, 1) - action).detach()
 
-# %% ../../nbs/13_dreamer3.ipynb #85d920e8
+# %% ../../nbs/13_dreamer3.ipynb #2b61ba3f
 def dream(world: RecurrentWorld, actor: Actor, h: Tensor, z: Tensor, horizon: int,
           generator: Source) -> tuple[Tensor, list[Normal]]:
     """Features (n, horizon + 1, f) of dreams that begin in states h (n, deter), z (n, latent), and what was
@@ -360,7 +360,7 @@ class ReturnScale(nn.Module):
         self.limits.lerp_(torch.quantile(returns.float().flatten(), share), 1 - self.decay)
         return (self.limits[1] - self.limits[0]).clamp(min=1)
 
-# %% ../../nbs/13_dreamer3.ipynb #16ab355c
+# %% ../../nbs/13_dreamer3.ipynb #f7dfc1b3
 def behavior_loss(modules: dict[str, nn.Module], starts: Seen, goes_on: Tensor,
                   generator: torch.Generator) -> Losses:
     """Losses of actor and critic on dreams that begin in states (b, t).
@@ -388,7 +388,7 @@ def behavior_loss(modules: dict[str, nn.Module], starts: Seen, goes_on: Tensor,
                "scale": scale}
     return losses, {name: metric.detach() for name, metric in metrics.items()}
 
-# %% ../../nbs/13_dreamer3.ipynb #88a2ad0a
+# %% ../../nbs/13_dreamer3.ipynb #8d57fe48
 LOSS_WEIGHTS = {"dynamics": 0.5, "representation": 0.1}  # all others have 1 (2023, Eq. 5)
 TRAINED = ["world", "actor", "critic"]
 
@@ -411,7 +411,7 @@ def dreamer3_loss(modules: dict[str, nn.Module], batch: Batch, generator: torch.
     behavior, dreamed = behavior_loss(modules, seen, batch.continues, generator)
     return losses | behavior, metrics | dreamed
 
-# %% ../../nbs/13_dreamer3.ipynb #4ce5d609
+# %% ../../nbs/13_dreamer3.ipynb #1f6c766b
 class Dreamer3Policy:
     """Acts from pixels, for a batch of environments at once: advance, see the frame, choose.
 
