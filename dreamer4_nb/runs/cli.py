@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Name', 'Settings', 'Port', 'Demo', 'print_results', 'Train', 'opened', 'shipped_run', 'writable', 'Evaluate',
-           'Online', 'Play', 'Study', 'read_value', 'rows_table', 'parse_shard', 'Collect', 'Import', 'Bench', 'Ship',
-           'range_text', 'show_ranges', 'asked_preset', 'parse', 'main']
+           'Online', 'Dreamer3', 'EvaluateDreamer3', 'Play', 'Study', 'read_value', 'rows_table', 'parse_shard',
+           'Collect', 'Import', 'Bench', 'Ship', 'range_text', 'show_ranges', 'asked_preset', 'parse', 'main']
 
 # %% ../../nbs/63_cli.ipynb #cell-3
 import json
@@ -32,7 +32,8 @@ from .bench import bench, bench_table
 from .chain import Run, by_task, read_config
 from .doctor import Doctor
 from .endings import draw_into_files, reader_is_gone, say, say_unforeseen, typed_command
-from .presets import LONG, PRESETS, TINY, Preset, Readout, Rounds
+from .presets import (DREAMER3_PRESETS, LONG, PRESETS, TINY, Dreamer3Preset, Preset, Readout,
+                                     Rounds)
 from ..training.ranks import leave_ranks
 
 # The commands that draw figures import judge and study themselves, after `main` has chosen how to draw.
@@ -186,6 +187,44 @@ class Online:
         for page in online(base, self.run, self.settings):
             print_results(page.parent / "results.json")
             print0(f"the report, one file to open in a browser: {page}")
+
+# %% ../../nbs/63_cli.ipynb #f3a3ae4f
+@dataclass(frozen=True)
+class Dreamer3:
+    """Trains Dreamer 3, the ancestor, online from pixels: it plays and learns in turn.
+
+    Stop it at any moment; the same command continues, and with more --rounds goes on.
+    """
+    run: Path = Path("runs/dreamer3")    # folder for episodes, weights and logs
+    # where the settings start from: small (two cores, hours), large (a GPU, a day), micro (a minute, learns
+    # nothing)
+    preset: Literal["small", "large", "micro"] = "small"
+    settings: Annotated[Dreamer3Preset, tyro.conf.arg(name="")] = Dreamer3Preset()
+
+    def __call__(self) -> None:
+        from dreamer4_nb.runs.dreamer3_runs import train_dreamer3
+
+        train_dreamer3(self.run, self.settings)
+        print0(f"{self.run / 'dreamer3.safetensors'}; to judge it: dreamer4 dreamer3-evaluate --run {self.run}")
+
+
+@dataclass(frozen=True)
+class EvaluateDreamer3:
+    """Judges a Dreamer 3 in the real environment, also while it is trained: deterministic episodes on new seeds,
+    reconstructions, and the floors of both. Writes evaluation.json, curve.png and episode.webp."""
+    run: Path = Path("runs/dreamer3")    # folder of the run
+    episodes: Count = 20
+    first_seed: Seed = 50_000            # seeds first_seed, first_seed + 1, ...; the training plays none of them
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    def __call__(self) -> None:
+        from dreamer4_nb.runs.dreamer3_runs import evaluate_dreamer3, evaluation_table
+
+        report = evaluate_dreamer3(self.run, self.episodes, self.first_seed)
+        print0(text_table(evaluation_table(report)))
+        print0(f"{self.run / 'evaluation.json'}")
 
 # %% ../../nbs/63_cli.ipynb #b78e91f2
 Port = Annotated[int, Range(whole=True, low=0, high=65_535)]
@@ -427,7 +466,7 @@ def show_ranges(kind: type) -> None:
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=text)]
 
 
-for command in (Preset, Play, Evaluate, Rounds, Study, Collect, ImportSettings, Bench):
+for command in (Preset, Play, Evaluate, Rounds, Dreamer3Preset, EvaluateDreamer3, Study, Collect, ImportSettings, Bench):
     show_ranges(command)
 
 # %% ../../nbs/63_cli.ipynb #4c74e207
@@ -450,6 +489,7 @@ def parse(arguments: list[str]) -> Any:
         raise UserError("an argument is empty; write its value, or leave the option out")
     name = asked_preset(arguments)
     start = {"preset": name, "settings": PRESETS[name]} if name in PRESETS else {}
+    ancestor = {"preset": name, "settings": DREAMER3_PRESETS[name]} if name in DREAMER3_PRESETS else {}
     Command = Union[
         Annotated[Demo, tyro.conf.subcommand("demo", default=Demo(**start))],
         Annotated[Collect, tyro.conf.subcommand("collect")],
@@ -457,6 +497,8 @@ def parse(arguments: list[str]) -> Any:
         Annotated[Train, tyro.conf.subcommand("train", default=Train(tyro.MISSING, **start))],
         Annotated[Evaluate, tyro.conf.subcommand("evaluate")],
         Annotated[Online, tyro.conf.subcommand("online")],
+        Annotated[Dreamer3, tyro.conf.subcommand("dreamer3", default=Dreamer3(**ancestor))],
+        Annotated[EvaluateDreamer3, tyro.conf.subcommand("dreamer3-evaluate")],
         Annotated[Play, tyro.conf.subcommand("play")],
         Annotated[Study, tyro.conf.subcommand("study")],
         Annotated[Bench, tyro.conf.subcommand("bench")],

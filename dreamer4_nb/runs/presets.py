@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Readout', 'BETWEEN', 'Config', 'Phase', 'TINY', 'LONG', 'MICRO', 'SMALL', 'BASE', 'PAPER', 'PRESETS', 'MINUTES',
-           'MEANT_FOR', 'TokenizerPhase', 'DynamicsPhase', 'AgentPhase', 'ImaginationPhase', 'EvaluationPhase',
-           'Preset', 'Rounds', 'override', 'resolve', 'tokenizer_phase', 'dynamics_phase', 'with_steps', 'phase_shapes',
-           'predict_phases']
+           'MEANT_FOR', 'WITHOUT_END', 'DREAMER3_PRESETS', 'TokenizerPhase', 'DynamicsPhase', 'AgentPhase',
+           'ImaginationPhase', 'EvaluationPhase', 'Preset', 'Rounds', 'override', 'resolve', 'tokenizer_phase',
+           'dynamics_phase', 'with_steps', 'phase_shapes', 'predict_phases', 'Dreamer3Preset']
 
 # %% ../../nbs/53_presets.ipynb #cell-2
 from dataclasses import dataclass, replace
@@ -21,6 +21,7 @@ from ..method.tokenizer import TokenizerConfig
 from ..method.dynamics import DynamicsConfig
 from ..method.agent import DISCRETE, AgentConfig
 from ..method.imagination import ImaginationConfig
+from ..method.dreamer3 import Dreamer3Config
 from ..data.demonstrations import data_specs
 from ..data.tasks import TaskSpec
 from ..training.optimizers import TrainConfig
@@ -432,3 +433,50 @@ def predict_phases(preset: Preset, machine: str | Machine, devices: int = 1, fra
     predicted["encode"] = free["encode"]
     predicted["act"] = free["act"]
     return predicted
+
+# %% ../../nbs/53_presets.ipynb #70623494
+WITHOUT_END = 10**9  # steps: the rounds say when the training ends, and more may follow later
+
+
+@dataclass(frozen=True)
+class Dreamer3Preset:
+    "Settings of Dreamer 3 online. UserError for values out of range."
+    task: str = "walker-walk"
+    model: Dreamer3Config = Dreamer3Config()
+    train: TrainConfig = TrainConfig(steps=WITHOUT_END, lr=4e-4, decay_share=0.0, weight_decay=0.0,
+                                     clip=100.0, normalize=False, save_every=1000)
+    batch: Count = 8                # windows of a step
+    length: Count = 16              # frames of a window
+    prefill: Count = 4              # episodes of random actions
+    rounds: Count = 26              # after each but the last the policy plays
+    episodes: Count = 1             # that it plays then
+    updates: Count = 110            # steps of a round
+    decisions: Count = 500          # length of an episode
+    first_seed: Seed = 1_000_000    # of the first episode; the others follow
+    workers: Count = 1              # processes that step and draw environments
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.train.steps != WITHOUT_END:
+            raise UserError(f"train.steps is {self.train.steps}; leave it out: "
+                            "a training has rounds x updates steps")
+
+    def seeds(self, number: int) -> range:
+        "The seeds of the episodes that are played before round `number`, which counts from 0."
+        if number == 0:
+            return range(self.first_seed, self.first_seed + self.prefill)
+        first = self.first_seed + self.prefill + (number - 1) * self.episodes
+        return range(first, first + self.episodes)
+
+
+_large_model = Dreamer3Config(stem=2, channels=32, embedding=1024, deter=512, groups=32, classes=32, hidden=512,
+                              value_bins=255, reach=20.0, every=1, gamma=0.997, entropy=3e-4, pace=1.0)
+_large_train = replace(Dreamer3Preset().train, lr=1e-4)
+_micro_model = Dreamer3Config(image=16, stem=2, channels=4, embedding=8, deter=8, groups=2, classes=3, hidden=8,
+                              value_bins=9, horizon=3)
+DREAMER3_PRESETS = {
+    "small": Dreamer3Preset(),
+    "large": Dreamer3Preset(model=_large_model, train=_large_train, batch=16, length=64, prefill=10, rounds=991,
+                            updates=250),
+    "micro": Dreamer3Preset(model=_micro_model, batch=2, length=4, prefill=2, rounds=3, updates=2, decisions=6),
+}

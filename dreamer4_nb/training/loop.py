@@ -75,9 +75,9 @@ Batches = Callable[[int], Any]  # makes the batch of a number: a `Batch` or a te
 Snapshots = Callable[[dict[str, nn.Module]], Tensors]  # makes images (c, h, w), by name, from modules
 
 
-def batch_numbers(config: TrainConfig, start: int, rank: int, world: int) -> list[int]:
-    "The numbers of the batches that one of `world` ranks takes, from step `start` to the end."
-    parts = range(start * config.accumulate, config.steps * config.accumulate)
+def batch_numbers(config: TrainConfig, start: int, rank: int, world: int, until: int) -> list[int]:
+    "The numbers of the batches that one of `world` ranks takes, from step `start` to step `until`."
+    parts = range(start * config.accumulate, until * config.accumulate)
     return [part * world + rank for part in parts]
 
 
@@ -336,7 +336,7 @@ def all_stop(stop: threading.Event, world: int, asking: bool, device: torch.devi
     return bool(all_mean(wanted))
 
 # %% ../../nbs/42_loop.ipynb #cell-56
-def say_stopped(name: str, step: int, config: TrainConfig, checkpoints: Checkpoints | None, resume_hint: str,
+def say_stopped(name: str, step: int, last: int, checkpoints: Checkpoints | None, resume_hint: str,
                 rank: int) -> None:
     "Wait until the state is on the disk; then rank 0 prints where it is and how to continue."
     saved = "nothing was saved, as there is no run folder"
@@ -345,7 +345,7 @@ def say_stopped(name: str, step: int, config: TrainConfig, checkpoints: Checkpoi
         path = checkpoints.last()
         saved = f"saved in {path}. To go on: {resume_hint}" if path else "nothing is left in the run folder"
     if rank == 0:
-        print(f"{name}: stopped at step {step} of {config.steps}; {saved}", flush=True)
+        print(f"{name}: stopped at step {step} of {last}; {saved}", flush=True)
 
 # %% ../../nbs/42_loop.ipynb #cell-58
 def prepare(modules: dict[str, nn.Module], loss_fn: Callable, config: TrainConfig, mesh: DeviceMesh | None,
@@ -464,9 +464,9 @@ class Trainer:
         all_mean(torch.zeros(1, device=self.device)).item()
 
 # %% ../../nbs/42_loop.ipynb #f2410018
-def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], start: int, log: RunLog,
-              bar: tqdm, stop: threading.Event) -> int:
-    """Train from step `start` to the last one, or until `stop` is set. Returns the last completed step.
+def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], start: int, until: int,
+              log: RunLog, bar: tqdm, stop: threading.Event) -> int:
+    """Train from step `start` to step `until`, or until `stop` is set. Returns the last completed step.
 
     batches, weights: as in `fit`.
     log: gets a record every `log_every` steps, and before each save.
@@ -474,11 +474,11 @@ def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], sta
     config = trainer.config
     device = trainer.device
     step_module = wrap_for_ranks(trainer.loss_module, trainer.world, trainer.mesh)
-    numbers = batch_numbers(config, start, trainer.rank, trainer.world)
+    numbers = batch_numbers(config, start, trainer.rank, trainer.world, until)
     stream = numbered_batches(batches, numbers, device)
     meter = Meter()
 
-    for step in range(start + 1, config.steps + 1):
+    for step in range(start + 1, until + 1):
         trainer.optimizer.zero_grad(set_to_none=True)
         losses, metrics, frames = accumulate_gradients(step_module, stream, trainer.scale, weights, config,
                                                        device, trainer.dtype)
@@ -486,7 +486,7 @@ def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], sta
         meter.add(losses | {"gradient": norm}, metrics, frames * trainer.world)
         bar.update()
 
-        last = step == config.steps
+        last = step == until
         logging = last or step % config.log_every == 0
         stopping = all_stop(stop, trainer.world, logging, device)
         saving = trainer.checkpoints and (last or stopping or step % config.save_every == 0)
@@ -500,7 +500,7 @@ def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], sta
             log.show(step)
         if stopping:
             return step
-    return config.steps
+    return max(start, until)
 
 
 def show(bar: tqdm, record: dict[str, float], names: list[str]) -> None:
@@ -515,7 +515,8 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
         run_dir: str | Path | None = None, weights: dict[str, float] | None = None,
         model_config: dict | None = None,
         trainable: list[str] | None = None, resume_hint: str = "run the same command again",
-        progress: bool = True, snapshots: Snapshots | None = None) -> list[dict[str, float]]:
+        progress: bool = True, snapshots: Snapshots | None = None,
+        until: int | None = None) -> list[dict[str, float]]:
     """Train `modules` and return the history: losses, metrics and speed for every `log_every` steps.
 
     name: of the run's files.
@@ -531,6 +532,8 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     progress: show a bar.
     snapshots: makes images from `modules` for TensorBoard, after every save. An error there ends the
         snapshots, not the training. Weights that are spread over ranks are not shown.
+    until: the last step of this call, for data that grow; the same call with a later one continues. Only
+        after step `config.steps` are there final weights.
 
     Under `torchrun` gradients are averaged over ranks and rank 0 saves. With `config.shard` weights are
     spread over ranks, and each rank saves its part, in the folder `name.train`. The run can continue on
@@ -543,6 +546,7 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     trainer = Trainer(name, modules, loss_fn, config, run_dir, model_config or {}, trainable)
     first = trainer.rank == 0
     start = trainer.resume()
+    until = config.steps if until is None else min(until, config.steps)
 
     def draw() -> Tensors:
         with torch.no_grad(), uncompiled(trainer.parts):
@@ -556,10 +560,11 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
 
     trained = training_only(trainer.parts, trainer.parameters)
     with trained, contextlib.closing(log), saves, bar, catch_stop() as stop:
-        step = run_steps(trainer, batches, weights, start, log, bar, stop)
-        if step < config.steps:
+        step = run_steps(trainer, batches, weights, start, until, log, bar, stop)
+        if step < until:
             bar.close()
-            say_stopped(name, step, config, trainer.checkpoints, resume_hint, trainer.rank)
+            say_stopped(name, step, until, trainer.checkpoints, resume_hint, trainer.rank)
             raise KeyboardInterrupt
-    trainer.finish()
+    if step == config.steps:
+        trainer.finish()
     return log.history
