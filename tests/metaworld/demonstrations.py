@@ -21,11 +21,11 @@ from pathlib import Path
 os.environ.setdefault("MUJOCO_GL", "egl")
 warnings.filterwarnings("ignore")       # of the simulator's libraries, about their own versions
 
-import h5py  # noqa: E402  after MUJOCO_GL
-import metaworld  # noqa: E402
-import mujoco  # noqa: E402
-import numpy as np  # noqa: E402
-from metaworld.policies import ENV_POLICY_MAP  # noqa: E402
+import h5py
+import metaworld
+import mujoco
+import numpy as np
+from metaworld.policies import ENV_POLICY_MAP
 
 # The five test tasks of Meta-World's ML45, and two more.
 HELD_OUT = ("bin-picking", "box-close", "door-lock", "door-unlock", "hand-insert", "drawer-open", "sweep-into")
