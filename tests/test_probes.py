@@ -34,6 +34,7 @@ def write_task(path, episodes, length=34):
             demo = file.create_group(f"data/demo_{k}")
             demo["actions"], demo["states"] = actions, states
             demo["rewards"], demo["dones"] = np.zeros(length), np.arange(length) == length - 1
+            demo["obs/ee_pos"], demo["obs/gripper_states"] = states[:, :3], states[:, 3:]
             demo["obs/agentview_rgb"] = frames
 
 
@@ -49,8 +50,10 @@ def test_the_study_of_probes_goes_the_whole_way(tmp_path, monkeypatch):
 
     found = read_json(tmp_path / "probes.json", "")["smallest"]
     (base,) = found["baselines"]
-    state = base["without_model"]["true state"]
-    assert state["two"][0] > 0.999 and state["one"][0] < 0.3          # two states tell the action between them
+    for name in ("true state", "true hand"):                           # two states tell the action between them
+        state = base["without_model"][name]
+        assert state["two"][0] > 0.999 and state["one"][0] < 0.3
+    assert base["without_model"]["true hand and its step"]["one"][0] > 0.999
     assert [model["inverse"] for model in found["models"]] == ["none", "shown"]
     constant = base["without_model"]["constant"]["one"]
     assert constant[0] < 0

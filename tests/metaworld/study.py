@@ -78,14 +78,19 @@ def imported(folder: Path, part: str) -> EpisodeStore:
     return EpisodeStore.open(path)
 
 
-def true_states(folder: Path, part: str) -> list[np.ndarray]:
-    "States (t, S) of the episodes of a store: positions only, what one picture could show."
+Truth = dict[str, list[np.ndarray]]
+
+
+def truth(folder: Path, part: str) -> Truth:
+    "Of the episodes of a store, (t, F) each: the simulator's states, and where the hand is and how far it is open."
     names = [note["episode"] for note in read_notes(folder / f"{part}.zarr") if note["pieces"] == 1]
-    found = []
+    found: Truth = {"true state": [], "true hand": []}
     for name in names:
         file, _, demo = name.rpartition("/")
         with h5py.File(folder / file, "r") as opened:
-            found.append(opened[f"data/{demo}/states"][:])
+            own = opened[f"data/{demo}"]
+            found["true state"].append(own["states"][:])
+            found["true hand"].append(np.concatenate([own["obs/ee_pos"][:], own["obs/gripper_states"][:]], 1))
     return found
 
 
@@ -94,7 +99,7 @@ class Probed:
     "Windows of some episodes: what there is to probe besides the model. Tensors (w, t, ...)."
     latents: Tensor
     frames: Tensor      # (w, t, p) of all pixels, in [0, 1]
-    states: Tensor
+    truth: dict[str, Tensor]
     actions: Tensor
 
     def rows(self, features: Tensor, frames: str) -> tuple[Tensor, Tensor]:
@@ -102,7 +107,12 @@ class Probed:
         return {"one": one_frame, "two": two_frames}[frames](features), one_frame(self.actions)
 
 
-def probed(store: EpisodeStore, latents: EpisodeStore, states: list[np.ndarray], most: int) -> Probed:
+def with_step(x: Tensor) -> Tensor:
+    "Features (w, t, F) and how far they are from those of the frame before (0 in a window's first): (w, t, 2 F)."
+    return torch.cat([x, x - torch.cat([x[:, :1], x[:, :-1]], 1)], -1)
+
+
+def probed(store: EpisodeStore, latents: EpisodeStore, known: Truth, most: int) -> Probed:
     "The windows of at most so many episodes, drawn at random, the same for every model."
     picked = np.sort(np.random.default_rng(0).permutation(len(store))[:most])
     windows = Windows(latents.subset(picked), LENGTH, 1)
@@ -111,8 +121,10 @@ def probed(store: EpisodeStore, latents: EpisodeStore, states: list[np.ndarray],
     films = Windows(store.subset(picked), LENGTH, 1, memory=0).at(numbers).frames
     own = store.index[picked]
     spans = [(own[windows.episode_index[n]], windows.first_frame[n]) for n in numbers]
-    true = np.stack([states[episode][first:first + LENGTH] for episode, first in spans])
-    return Probed(batch.latents, films.flatten(2), torch.from_numpy(true), batch.actions)
+    true = {name: torch.from_numpy(np.stack([rows[episode][first:first + LENGTH] for episode, first in spans]))
+            for name, rows in known.items()}
+    true["true hand and its step"] = with_step(true["true hand"])
+    return Probed(batch.latents, films.flatten(2), true, batch.actions)
 
 
 def components(frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,9 +202,9 @@ def without_model(parts: Parts) -> dict[str, dict[str, list[float]]]:
     "Floors and ceiling: what can be read from other things than the world model, from one frame or two."
     mean, axes = components(parts[0].frames)
     sources = {"pixels": [(part.frames - mean) @ axes for part in parts],
-               "tokenizer latents": [part.latents.flatten(2) for part in parts],
-               "true state": [part.states for part in parts]}
-    table = {"constant": {"one": short(mean_predictor(*(part.rows(part.states, "one") for part in parts)))}}
+               "tokenizer latents": [part.latents.flatten(2) for part in parts]}
+    sources |= {name: [part.truth[name] for part in parts] for name in parts[0].truth}
+    table = {"constant": {"one": short(mean_predictor(*(part.rows(part.latents.flatten(2), "one") for part in parts)))}}
     for name, features in sources.items():
         table[name] = {frames: short(probe(*(part.rows(x, frames) for part, x in zip(parts, features))))
                        for frames in ("one", "two")}
@@ -237,7 +249,7 @@ class Study:
         self.setting = SETTINGS[name]
         self.folder = folder / name
         self.stores = {part: imported(folder, part) for part in ("training", "held_out")}
-        self.states = {part: true_states(folder, part) for part in self.stores}
+        self.truth = {part: truth(folder, part) for part in self.stores}
         self.begun = time.perf_counter()
 
     def minutes(self) -> float:
@@ -256,9 +268,9 @@ class Study:
             latents[part] = EpisodeStore.open(path) if path.exists() else encode_store(store, tokenizer, path)
         seen_latents, other_latents = latents["training"].split(HELD_BACK)
         fits, chooses, tests = self.setting.episodes
-        parts = (probed(seen, seen_latents, self.states["training"], fits),
-                 probed(other, other_latents, self.states["training"], chooses),
-                 probed(self.stores["held_out"], latents["held_out"], self.states["held_out"], tests))
+        parts = (probed(seen, seen_latents, self.truth["training"], fits),
+                 probed(other, other_latents, self.truth["training"], chooses),
+                 probed(self.stores["held_out"], latents["held_out"], self.truth["held_out"], tests))
         return tokenizer, {"seen": seen_latents, "other": other_latents, "held_out": latents["held_out"]}, parts
 
     def baselines(self, start: str) -> None:
@@ -269,7 +281,7 @@ class Study:
         tokenizer, latents, parts = self.world_of(start)
         row = {"start": start, "minutes": {"tokenizer": self.minutes()}}
         row["tokenizer"] = tokenizer_report(tokenizer, self.stores["held_out"])
-        row["rows"] = [len(part.rows(part.states, "one")[0]) for part in parts]
+        row["rows"] = [part.actions[:, 1:].shape[:2].numel() for part in parts]
         row["without_model"] = without_model(parts)
         row["untrained"] = [model_tables(new_dynamics(self.setting, "scratch", seed, latents["seen"]).eval(), parts)
                             for seed in self.setting.seeds] if start == "scratch" else []
