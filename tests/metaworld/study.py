@@ -62,7 +62,7 @@ class Setting:
 
 
 SETTINGS = {
-    "pilot": Setting(128, 4, (1000, 0), 800, 8, (0, 1), VARIANTS[:3], (60, 20, 40)),
+    "pilot": Setting(128, 4, (600, 0), 500, 8, (0, 1), VARIANTS[:3], (60, 20, 40)),
     "small": Setting(128, 8, (6000, 4000), 4000, 8, (0, 1, 2), VARIANTS, (400, 200, 200)),
     "large": Setting(256, 8, (6000, 4000), 4000, 8, (0,), VARIANTS[:2], (400, 200, 200)),
 }
