@@ -7,7 +7,7 @@ export TORCH_INDEX
 export PATH := $(BIN):$(PATH)
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help setup gl browser demo test gpu export readme docs execute check lint notebooks pytest clean
+.PHONY: help setup gl browser metaworld demo test gpu export readme docs execute check lint notebooks pytest clean
 
 help:
 	@echo "make setup | demo | test | lint | gpu | export | docs | execute | clean"
@@ -25,6 +25,10 @@ gl:
 # The page of play is tested in Chromium. Without it these tests are skipped.
 browser:
 	@.ci/setup browser
+
+# Meta-World and its pins, in an environment of its own: study 77 films its experts.
+metaworld: gl
+	@.ci/setup metaworld
 
 # What was typed here is what the command says to type again.
 demo: export DREAMER4_COMMAND = make demo$(if $(ARGS), ARGS="$(ARGS)")
@@ -72,5 +76,5 @@ pytest:
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -q --durations 15 tests
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis _docs _proc
+	rm -rf .venv .venv-metaworld build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis _docs _proc
 	find . -name __pycache__ -o -name .ipynb_checkpoints | xargs rm -rf
