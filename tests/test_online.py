@@ -154,6 +154,13 @@ def test_the_replay_ratio_decides_the_steps():
     assert preset.agent.train.seed != round_preset(TINY, settings, 1).agent.train.seed
 
 
+def test_phase_3_may_have_a_share_of_its_own():
+    settings = Rounds(episodes=50, decisions=80, replay=10.0, imagination=0.7)
+    own = round_preset(TINY, settings, 1)
+    assert own.agent.train == round_preset(TINY, replace(settings, imagination=None), 1).agent.train
+    assert own.imagination.train.steps == round(0.7 * own.agent.train.steps)
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     run = Run(tmp_path_factory.mktemp("base") / "base", replace(MICRO, threads=1))

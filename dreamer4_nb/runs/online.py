@@ -107,7 +107,8 @@ def round_preset(preset: Preset, settings: Rounds, number: int) -> Preset:
     agent = preset.agent
     frames = settings.episodes * settings.decisions
     steps = max(1, round(settings.replay * frames / (agent.batch * agent.length)))
-    dreamed = max(1, round(steps * preset.imagination.train.steps / agent.train.steps))
+    share = settings.imagination or preset.imagination.train.steps / agent.train.steps
+    dreamed = max(1, round(steps * share))
     for name, own in (("agent", steps), ("imagination", dreamed)):
         train = getattr(preset, name).train
         train = replace(train, steps=own, warmup=min(train.warmup, own), seed=train.seed + 1000 * number)

@@ -156,6 +156,7 @@ class Rounds:
     teacher: Literal["none", "planner"] = "none"     # whose actions are cloned; none: the actor's own
     readout: Readout = "sample"     # how the policy explores: sample, mean or mode of its distribution
     replay: Positive = 40.0         # frames on which phase 2 trains, for each frame that is played
+    imagination: Positive | None = None  # steps of phase 3 for each of phase 2; None: as in the base run
     recent: Share = 0.5             # share of a batch that comes from the played episodes
     reset: bool = False             # new heads in each round
 
