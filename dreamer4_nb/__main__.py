@@ -1,4 +1,4 @@
-"""`dreamer4`, `python -m dreamer4_nb` and `torchrun -m dreamer4_nb` begin here.
+"""`dreamer4-nb`, `python -m dreamer4_nb` and `torchrun -m dreamer4_nb` begin here.
 
 Importing PyTorch takes seconds in which nothing has begun: Ctrl-C then ends the process without a traceback.
 The command itself is in runs/cli.py.

@@ -384,7 +384,7 @@ def current_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_file(path: Path) -> tuple[dict[str, Tensor], JsonDict]:
     "Tensors and config of a file, unchecked. `UserError` if it is missing, cut short or foreign."
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; train one first (`dreamer4 train --help`) "
+        raise UserError(f"no checkpoint at {path}; train one first (`dreamer4-nb train --help`) "
                         "or correct the path")
     try:
         with safe_open(path, framework="pt") as file:

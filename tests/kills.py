@@ -168,7 +168,7 @@ def appends(folder: Path, rng: random.Random, tally: Tally) -> None:
 
 
 def collections(folder: Path, rng: random.Random, tally: Tally) -> None:
-    "`dreamer4 collect`: what is on the disk is kept, and the same command goes on."
+    "`dreamer4-nb collect`: what is on the disk is kept, and the same command goes on."
     def command(name: str) -> list[str]:
         return [*COMMAND, "collect", "--out", str(folder / name), "--episodes", "60", "--decisions", "40", "--candidates", "8",
                 "--image", "32", "--workers", "1", "--seed", "5"]
@@ -215,7 +215,7 @@ def same_imports(a: Path, b: Path) -> bool:
 
 
 def imports(folder: Path, rng: random.Random, tally: Tally) -> None:
-    "Imports in forks of this process, and `dreamer4 import` of an .npz: each goes on in the middle of a recording."
+    "Imports in forks of this process, and `dreamer4-nb import` of an .npz: each goes on in the middle of a recording."
     def bring(path: Path) -> None:
         import_dataset(SlowFilms(), path, ImportSettings(image=16, longest=10), progress=False)
 
@@ -252,7 +252,7 @@ def imports(folder: Path, rng: random.Random, tally: Tally) -> None:
 
 
 def chains(folder: Path, rng: random.Random, tally: Tally) -> None:
-    "`dreamer4 demo`, killed in any phase."
+    "`dreamer4-nb demo`, killed in any phase."
     def command(name: str) -> list[str]:
         return [*COMMAND, "demo", "--preset", "micro", "--run", str(folder / name), "--workers", "1", "--threads", "1"]
 

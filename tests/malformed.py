@@ -634,7 +634,7 @@ def judge(case: Case, folder: Path) -> None:
         found = REFUSED if status == 2 else ANSWERS if status in (0, None) else f"status {status}"
         if case.kind == "environment, doctor" and status == 2:
             found = ANSWERS     # it said what needs attention
-        if found == REFUSED and not any(line.startswith(("dreamer4: ", "╭", "│", "╰")) for line in lines):
+        if found == REFUSED and not any(line.startswith(("dreamer4-nb: ", "╭", "│", "╰")) for line in lines):
             found = "refused without a line"
     except UserError as error:
         found, lines = REFUSED, [str(error)]

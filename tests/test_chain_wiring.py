@@ -385,7 +385,7 @@ def test_a_branch_shares_the_parts_up_to_a_phase(made, preset, tmp_path):
     assert found.folder == tmp_path / "b" and not list(found.folder.glob("agent*"))
     assert list(found.latents[0].index) == list(made.run.latents[0].index)
     assert weights(found.folder, "dynamics") == weights(made.run.folder, "dynamics")
-    with pytest.raises(UserError, match="dreamer4 train agent --run"):
+    with pytest.raises(UserError, match="dreamer4-nb train agent --run"):
         found.agent                                             # reading trains nothing
     assert branch(made.run, tmp_path / "b", "dynamics", preset).dynamics.config == made.run.dynamics.config
 

@@ -22,7 +22,7 @@ from dreamer4_nb.method.checkpoints import load_tokenizer
 
 def one_line(capsys, *words):
     "The last thing said was one line on stderr that contains these words."
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamer4: ")]
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamer4-nb: ")]
     assert len(error) == 1, error
     for word in words:
         assert word in error[0]
@@ -42,7 +42,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory, data):
-    "A run folder after `dreamer4 demo --preset micro`."
+    "A run folder after `dreamer4-nb demo --preset micro`."
     run = tmp_path_factory.mktemp("runs") / "micro"
     assert main(["demo", "--preset", "micro", "--data", data, "--run", str(run)]) == 0
     return run
@@ -105,9 +105,9 @@ def test_missing_data_and_missing_runs(tmp_path, capsys):
     assert main(["demo", "--preset", "micro", "--data", str(tmp_path / "none.zarr"), "--run", str(tmp_path / "a")]) == 2
     one_line(capsys, "none.zarr")
     assert main(["train", "dynamics", "--preset", "micro", "--run", str(tmp_path / "b")]) == 2
-    one_line(capsys, "dreamer4 train tokenizer")
+    one_line(capsys, "dreamer4-nb train tokenizer")
     assert main(["evaluate", "--run", str(tmp_path / "c")]) == 2
-    one_line(capsys, "dreamer4 demo")
+    one_line(capsys, "dreamer4-nb demo")
     assert main(["collect", "--out", str(tmp_path / "file.txt")]) == 2
     one_line(capsys, ".npz")
 
@@ -206,7 +206,7 @@ def test_a_packed_run_says_what_it_is_and_is_loaded_by_its_folder(finished, tmp_
 
 def test_an_unfinished_run_cannot_be_shipped(tmp_path, capsys):
     assert main(["ship", "--run", str(tmp_path), "--results", str(tmp_path / "chain.json")]) == 2
-    one_line(capsys, "results.json", "dreamer4 demo")
+    one_line(capsys, "results.json", "dreamer4-nb demo")
     assert not (tmp_path / "chain.json").exists()
 
 

@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 
 def one_line(capsys, *words):
     "The last thing said was one line on stderr that contains these words; it is returned."
-    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamer4: ")]
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dreamer4-nb: ")]
     assert len(error) == 1, error
     for word in words:
         assert word in error[0], error[0]
@@ -426,8 +426,8 @@ def test_a_stopped_command_says_what_was_typed(stop, code, data, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chain, "train_tokenizer", interrupted)
     arguments = ["demo", "--run", "my run", *words(data)]
-    for program, typed in ((str(tmp_path / ".venv/bin/dreamer4"), ".venv/bin/dreamer4 demo --run 'my run'"),
-                           (str(ROOT / "dreamer4_nb/__main__.py"), "-m dreamer4_nb demo --run 'my run'"), ("pytest", "dreamer4 demo --run 'my run'")):
+    for program, typed in ((str(tmp_path / ".venv/bin/dreamer4-nb"), ".venv/bin/dreamer4-nb demo --run 'my run'"),
+                           (str(ROOT / "dreamer4_nb/__main__.py"), "-m dreamer4_nb demo --run 'my run'"), ("pytest", "dreamer4-nb demo --run 'my run'")):
         monkeypatch.setattr(sys, "argv", [program])
         assert main(arguments) == code
         assert f"{typed} " in capsys.readouterr().err.splitlines()[-1]

@@ -422,14 +422,14 @@ def test_damaged_records_are_refused_in_one_line(change, tmp_path):
     else:
         saved |= change
     (tmp_path / "r.json").write_text(json.dumps(saved), encoding="utf-8")
-    with pytest.raises(UserError, match="dreamer4 evaluate"):
+    with pytest.raises(UserError, match="dreamer4-nb evaluate"):
         Records.load(tmp_path / "r.json")
 
 
 def test_records_that_are_no_json_are_refused(tmp_path):
     for bytes_ in (b"", b"[]", b"5", b"\xff\xfe", b"{", b"[" * 100_000, b'{"episodes": {}}'):
         (tmp_path / "r.json").write_bytes(bytes_)
-        with pytest.raises(UserError, match="dreamer4 evaluate"):
+        with pytest.raises(UserError, match="dreamer4-nb evaluate"):
             Records.load(tmp_path / "r.json")
 
 
@@ -453,7 +453,7 @@ def test_whatever_is_in_results_is_text_on_the_page(tmp_path):
                                      for value in (5, [5], "text", {"x": 5}) if not (key in ("machine", "preset", "captions") or (key, value) == ("dream", {"x": 5})))])
 def test_damaged_results_are_refused_in_one_line(results, tmp_path):
     (tmp_path / "results.json").write_bytes(results)
-    with pytest.raises(UserError, match="results.json.*dreamer4 demo") as problem:
+    with pytest.raises(UserError, match="results.json.*dreamer4-nb demo") as problem:
         report(tmp_path)
     assert "\n" not in str(problem.value) and not (tmp_path / "report.html").exists()
 

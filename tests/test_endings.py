@@ -89,7 +89,7 @@ def test_an_end_goes_from_the_collector_to_the_batch(lives, tmp_path, monkeypatc
     assert _shipped(BALL)[0]["seeds"].tolist() == list(range(40, 46))
     loaded = load_demonstrations(BALL, image=16, workers=0, progress=False)
     stored = EpisodeStore.create(tmp_path / "stored.zarr", BALL, 2, (16, 16, 3), 8)
-    for e in lives:                                           # as `dreamer4 collect` does
+    for e in lives:                                           # as `dreamer4-nb collect` does
         stored.append(Episode(frames=render_states(BALL, e["states"], 16, 0), task=BALL, **e))
     ends = [len(e["rewards"]) - 1 if e["states"][-1, 2] > 0.2 else None for e in lives]
     for store in (loaded, stored.finish()):

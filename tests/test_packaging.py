@@ -1,4 +1,5 @@
 "What is built and installed: wheel, sdist, extras, the command's name."
+import re
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,15 @@ def test_lpips_is_an_extra(tmp_path, monkeypatch):
     trunk.touch()
     with pytest.raises(UserError, match=r"pip install 'dreamer4_nb\[perceptual\]'"):
         PerceptualLoss("lpips")
+
+
+COMMANDS = "demo|collect|import|train|evaluate|online|play|study|bench|ship|doctor"
+
+
+def test_every_page_types_the_command_by_its_name():
+    "The changelog speaks of older versions too."
+    files = [path for folder in ("dreamer4_nb", "nbs", "tests", "docs", ".ci") for path in (ROOT / folder).rglob("*")
+             if path.suffix in (".py", ".ipynb", ".html", ".js") and "__pycache__" not in path.parts]
+    files += [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "Makefile")]
+    old = re.compile(rf"(?<![\w./-])dreamer4 ({COMMANDS}|--help)\b")
+    assert not [path.name for path in files if old.search(path.read_text(encoding="utf-8"))]

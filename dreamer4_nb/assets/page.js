@@ -1,4 +1,4 @@
-// Joins the player to the server of `dreamer4 play`. An answer is one binary message: the length of its header
+// Joins the player to the server of `dreamer4-nb play`. An answer is one binary message: the length of its header
 // (four bytes, little-endian), the header {answer, sizes} as JSON, and the pictures of these sizes.
 import { play } from "./player.js";
 

@@ -1,4 +1,4 @@
-// Plays a dreamed world beside its simulator: on the page of `dreamer4 play`, and as a widget in a notebook.
+// Plays a dreamed world beside its simulator: on the page of `dreamer4-nb play`, and as a widget in a notebook.
 //
 // `play` gets a channel {send(message), onmessage(answer, pictures)}. One message is under way at a time, and each
 // answer allows the next. A player that is paused, hidden or closed sends nothing, so nothing is computed for it.

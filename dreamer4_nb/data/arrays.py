@@ -710,7 +710,7 @@ def open_errors(path: str | Path) -> Iterator[None]:
     files, inside = filesystem(path)
     if not exists(path):
         raise UserError(f"no store at {path}; "
-                        "make one with `dreamer4 collect`, `dreamer4 import` or EpisodeStore.create")
+                        "make one with `dreamer4-nb collect`, `dreamer4-nb import` or EpisodeStore.create")
     try:
         if not files.exists(f"{inside}/zarr.json"):
             raise UserError(f"{path} is not a dreamer4_nb store; expected one made by `EpisodeStore`")

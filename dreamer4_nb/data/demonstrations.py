@@ -283,8 +283,8 @@ def data_specs(data: str | Path, tasks: Sequence[str] = (),
         task_info(missing[0])  # raises, and names the built-in ones
     if missing or not tasks:
         raise UserError(f"no store at {data}, and nothing else is known of "
-                        f"{' '.join(missing) or 'its tasks'}; make it with `dreamer4 collect` or "
-                        "`dreamer4 import`, or name it right")
+                        f"{' '.join(missing) or 'its tasks'}; make it with `dreamer4-nb collect` or "
+                        "`dreamer4-nb import`, or name it right")
     return {task: spec for task, spec in known.items() if spec is not None}
 
 # %% ../../nbs/35_demonstrations.ipynb #cell-73

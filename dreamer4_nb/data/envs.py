@@ -387,7 +387,7 @@ def check_environment(task: str) -> None:
         env_spec(task)
     except UserError as error:
         raise UserError(f"no policy of {task} can act: {error}; its world can be trained: "
-                        "dreamer4 train dynamics") from None
+                        "dreamer4-nb train dynamics") from None
 
 # %% ../../nbs/27_envs.ipynb #cell-44
 @functools.cache

@@ -231,7 +231,7 @@ def matching_stores(path: str | Path | Sequence) -> list[str | Path]:
         raise UserError(f"{path} cannot be reached ({one_line(error)}); "
                         "check the address and your access to it") from error
     if not found:
-        raise UserError(f"no store matches {path}; correct it, or make one with `dreamer4 collect`")
+        raise UserError(f"no store matches {path}; correct it, or make one with `dreamer4-nb collect`")
     return [files.unstrip_protocol(name) for name in found] if is_url(path) else found
 
 

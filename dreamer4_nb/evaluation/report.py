@@ -337,7 +337,7 @@ def report(run_dir: str | Path) -> Path:
     Raises `UserError` when there are no results, or damaged ones.
     """
     run_dir = Path(run_dir)
-    remedy = f"make it with `dreamer4 demo --run {run_dir}`"
+    remedy = f"make it with `dreamer4-nb demo --run {run_dir}`"
     results = read_json(run_dir / "results.json", remedy)
     try:
         page = _page(results, run_dir)

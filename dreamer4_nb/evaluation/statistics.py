@@ -37,7 +37,7 @@ def _read_column(rows: list[dict], name: str) -> np.ndarray:
 
 def _read_records(path: str | Path) -> dict:
     "What a file written by `Records.save` holds, by field. Raises `UserError` where it is not whole."
-    remedy = "make it with `dreamer4 evaluate`"
+    remedy = "make it with `dreamer4-nb evaluate`"
     saved = read_json(path, remedy)
     kinds = {"policy": str, "task": str, "decisions": int, "info": dict}
     try:

@@ -96,7 +96,7 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     Raises `UserError` if the file is missing, cut short or another model's.
     """
     state, config = _read(path, "tiny_tokenizer.safetensors", {"tokenizer"},
-                          "not a tokenizer; give a checkpoint made by `dreamer4 train tokenizer`")
+                          "not a tokenizer; give a checkpoint made by `dreamer4-nb train tokenizer`")
     return build(Tokenizer, from_dict(TokenizerConfig, config["tokenizer"]), state, "tokenizer.")
 
 # %% ../../nbs/24_checkpoints.ipynb #aab08ed1
@@ -106,7 +106,7 @@ def load_dynamics(path: str | Path | None = None) -> Dynamics:
     Raises `UserError` if the file is missing, cut short or another model's.
     """
     state, config = _read(path, "tiny_dynamics.safetensors", {"dynamics"},
-                          "no dynamics; give the checkpoint that `dreamer4 train dynamics` wrote")
+                          "no dynamics; give the checkpoint that `dreamer4-nb train dynamics` wrote")
     return _dynamics(state, config)
 
 # %% ../../nbs/24_checkpoints.ipynb #cell-20
@@ -121,7 +121,7 @@ def load_agent(path: str | Path | None = None) -> tuple[Dynamics, AgentHeads]:
     Raises `UserError` if the file is missing, cut short or another model's.
     """
     state, config = _read(path, "tiny_agent.safetensors", {"dynamics", "heads"},
-                          "not an agent; give a checkpoint made by `dreamer4 train agent`")
+                          "not an agent; give a checkpoint made by `dreamer4-nb train agent`")
     heads = build(AgentHeads, from_dict(AgentConfig, config["heads"]), state, "heads.")
     return _dynamics(state, config), heads
 
@@ -135,13 +135,13 @@ def load_imagination(path: str | Path | None, heads: AgentHeads) -> AgentHeads:
     Raises `UserError` if it does not belong to these heads.
     """
     state, config = _read(path, "tiny_imagination.safetensors", {"heads", "imagination"},
-                          "no checkpoint of phase 3; give one made by `dreamer4 train imagination`")
+                          "no checkpoint of phase 3; give one made by `dreamer4-nb train imagination`")
     saved = from_dict(AgentConfig, config["heads"])
     from_dict(ImaginationConfig, config["imagination"])  # `UserError` if it is damaged
     # Only the range of the value may differ, because phase 3 chooses it.
     if replace(saved, value_range=heads.config.value_range) != heads.config:
         raise UserError(f"{path} is no checkpoint of phase 3 for these heads; "
-                        "give one made by `dreamer4 train imagination` in the same run")
+                        "give one made by `dreamer4-nb train imagination` in the same run")
     heads = copy.deepcopy(heads)
     device = heads.value.bins.device
     heads.config = saved

@@ -88,7 +88,7 @@ def read_config(folder: Path) -> Preset:
     "The settings that a run was begun with. `UserError` if there is no run, or its file is damaged."
     path = folder / "config.json"
     if not path.exists():
-        raise UserError(f"no run in {folder}; run `dreamer4 demo --run {folder}` first")
+        raise UserError(f"no run in {folder}; run `dreamer4-nb demo --run {folder}` first")
     return from_dict(Preset, read_json(path, "put back a copy of it, or choose another --run"))
 
 
@@ -254,7 +254,7 @@ def train_parts(run: Run, name: str) -> None:
 def missing(run: Run, name: str) -> UserError:
     "An error: a part is missing; the text names the command that makes it."
     command = "dynamics" if name == "latents" else name  # which encodes them first
-    return UserError(f"no {run.path(name)}; run `dreamer4 train {command} --run {run.folder}` first")
+    return UserError(f"no {run.path(name)}; run `dreamer4-nb train {command} --run {run.folder}` first")
 
 
 def load_part(run: Run, name: str) -> Any:

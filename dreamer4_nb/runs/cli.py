@@ -205,7 +205,7 @@ class Dreamer3:
         from dreamer4_nb.runs.dreamer3_runs import train_dreamer3
 
         train_dreamer3(self.run, self.settings)
-        print0(f"{self.run / 'dreamer3.safetensors'}; to judge it: dreamer4 dreamer3-evaluate --run {self.run}")
+        print0(f"{self.run / 'dreamer3.safetensors'}; to judge it: dreamer4-nb dreamer3-evaluate --run {self.run}")
 
 
 @dataclass(frozen=True)
@@ -264,7 +264,7 @@ class Study:
     dreams on held-out episodes.
 
     With a setting and values it trains once for each value, from the phase that the setting belongs to on:
-    dreamer4 study --setting imagination.model.horizon --values 5 15 30. Stop it at any moment; the same
+    dreamer4-nb study --setting imagination.model.horizon --values 5 15 30. Stop it at any moment; the same
     command continues.
     """
     run: Path = Path("runs/demo")        # a run folder; all trainings share what it holds
@@ -272,7 +272,7 @@ class Study:
     json: Path | None = None
 
     judge: Literal["policies", "dreams"] = "policies"
-    # a setting by the name it has in `dreamer4 demo --help`; empty: none is changed
+    # a setting by the name it has in `dreamer4-nb demo --help`; empty: none is changed
     setting: str = ""
     values: tuple[str, ...] = ()         # its values
     agents: Count = 3                    # seeds of phase 2 (dreams: of the dynamics)
@@ -341,7 +341,7 @@ class Collect:
     only, in a hundredth of the size.
 
     The planner knows five tasks. Any other is played at random, or by a function of yours:
-    dreamer4 collect --out out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
+    dreamer4-nb collect --out out.zarr --task gymnasium:CartPole-v1 --by my_rules:balance --noise 0 0.3
 
     Stop it at any moment; the same command continues where it stopped. Many processes or machines make a
     part each, `--shard 0/4` to `--shard 3/4`; --data 'demos-*.zarr' reads them as one.
@@ -504,7 +504,7 @@ def parse(arguments: list[str]) -> Any:
         Annotated[Bench, tyro.conf.subcommand("bench")],
         Annotated[Ship, tyro.conf.subcommand("ship")],
         Annotated[Doctor, tyro.conf.subcommand("doctor")]]
-    return tyro.cli(Command, args=arguments, prog="dreamer4",
+    return tyro.cli(Command, args=arguments, prog="dreamer4-nb",
                     description="Dreamer 4: a world model, and an agent trained inside it.")
 
 # %% ../../nbs/63_cli.ipynb #cell-32
@@ -512,7 +512,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0; 2 after one line about a mistake that the user can mend;
     1 after one line about an unexpected error; 130 after Ctrl-C, 143 after SIGTERM.
 
-    arguments: the words after `dreamer4`; None for those of this process."""
+    arguments: the words after `dreamer4-nb`; None for those of this process."""
     tolerant_output()
     draw_into_files()
     arguments = sys.argv[1:] if arguments is None else list(arguments)

@@ -195,7 +195,7 @@ CHECKS = (  # name, check, and what to do where it fails
 
 
 def checks() -> Iterator[Check]:
-    "All lines of `dreamer4 doctor`."
+    "All lines of `dreamer4-nb doctor`."
     for name, check, remedy in CHECKS:
         yield from guarded(name, check, remedy)
 

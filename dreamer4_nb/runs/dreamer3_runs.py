@@ -153,7 +153,7 @@ def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Pre
     "The modules of a run as its last whole round left them, and its settings. `UserError` if there is none."
     folder = local_path(Path(folder))
     if not (folder / "config.json").exists():
-        raise UserError(f"no run in {folder}; run `dreamer4 dreamer3 train --run {folder}` first")
+        raise UserError(f"no run in {folder}; run `dreamer4-nb dreamer3 train --run {folder}` first")
     settings = from_dict(Dreamer3Preset, read_json(folder / "config.json", "choose another --run"))
     state, _ = load_checkpoint(folder / "dreamer3.safetensors")
     modules = new_agent(settings.model)

@@ -26,15 +26,15 @@ def from_here(path: str | Path) -> str:
 def typed_command(arguments: list[str]) -> str:
     """What to type to run this command again; `make` gives it in DREAMER4_COMMAND.
 
-    arguments: the words after `dreamer4`."""
+    arguments: the words after `dreamer4-nb`."""
     given = os.environ.get("DREAMER4_COMMAND")
     if given:
         return given
     program = sys.argv[0]
-    started = ["dreamer4"]
+    started = ["dreamer4-nb"]
     if Path(program).name == "__main__.py":
         started = [from_here(sys.executable), "-m", "dreamer4_nb"]
-    elif Path(program).name == "dreamer4" and shutil.which("dreamer4") != os.path.abspath(program):
+    elif Path(program).name == "dreamer4-nb" and shutil.which("dreamer4-nb") != os.path.abspath(program):
         started = [from_here(program)]
     return shlex.join([*started, *arguments])
 
@@ -46,7 +46,7 @@ PLAIN_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPE
 
 def say(text: str) -> None:
     "Prints one line to the error stream."
-    print(f"dreamer4: {text}", file=sys.stderr)
+    print(f"dreamer4-nb: {text}", file=sys.stderr)
 
 
 def say_unforeseen(error: Exception) -> int:
@@ -77,7 +77,7 @@ def draw_into_files() -> None:
 
 
 def reader_is_gone() -> bool:
-    "Whether nobody reads the output any more, as in `dreamer4 doctor | head -1`; the rest is then dropped."
+    "Whether nobody reads the output any more, as in `dreamer4-nb doctor | head -1`; the rest is dropped."
     try:
         output = sys.stdout.fileno()
     except OSError:  # a notebook's output, which nobody can close

@@ -378,7 +378,7 @@ def write_report(view: TaskView, results: dict, records: list[Records], captions
 # %% ../../nbs/56_judge.ipynb #cell-41
 def check_finished(folder: Path) -> JsonDict:
     "The results.json of a finished run. `UserError` if it, or one of the weights, is missing or damaged."
-    finish_it = f"finish the run first: dreamer4 demo --run {folder}"
+    finish_it = f"finish the run first: dreamer4-nb demo --run {folder}"
     results: JsonDict = read_json(folder / "results.json", finish_it)
     for key in ("preset", "closed_loop", "tokenizer", "dream"):
         if key not in results:

@@ -177,7 +177,7 @@ class _Elsewhere(RequestHandler):
     "Every other address."
     def prepare(self) -> None:
         self.set_status(404)
-        self.finish("There is no page here. Open the whole address that `dreamer4 play` printed.\n")
+        self.finish("There is no page here. Open the whole address that `dreamer4-nb play` printed.\n")
 
 
 class _Socket(WebSocketHandler):

@@ -443,7 +443,7 @@ def save_episode(truth: Truth, path: Path) -> None:
     episode = played_episode(truth)
     with atomic_store(path) as beside:
         store = EpisodeStore.create(beside, truth.task, truth.action_dim, episode.frames.shape[1:],
-                                    episode.states.shape[1], source="dreamer4 play")
+                                    episode.states.shape[1], source="dreamer4-nb play")
         store.describe(truth.task, truth.game.spec)
         store.append(episode)
         store.finish()

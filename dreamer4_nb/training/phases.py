@@ -97,8 +97,8 @@ def check_trainable(training: EpisodeStore, *, clip_lengths: dict[str, int], pol
         training.of_task(task)  # there is one
         if "imagination" in clip_lengths and not training.spec(task).scored:
             raise UserError(f"the rewards of {task} in {training.path} were not recorded, and imagination "
-                            "learns from them; give data with rewards, or stop after phase 2: dreamer4 train "
-                            "agent")
+                            "learns from them; give data with rewards, or stop after phase 2: "
+                            "dreamer4-nb train agent")
     largest = largest_return(training, gamma)
     if not largest <= LARGEST:
         raise UserError(f"the rewards of {training.path} reach {largest_reward(training):.3g}, which with "

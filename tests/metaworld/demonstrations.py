@@ -2,7 +2,7 @@
 
     make metaworld                                                    # the environment, once
     .venv-metaworld/bin/python tests/metaworld/demonstrations.py runs/metaworld --episodes 40
-    .venv/bin/dreamer4 import hdf5 runs/metaworld/training runs/metaworld/training.zarr
+    .venv/bin/dreamer4-nb import hdf5 runs/metaworld/training runs/metaworld/training.zarr
 
 The folder gets `training` (43 tasks) and `held_out` (7 tasks). A file is renamed to its name when it is whole, so the
 same command goes on where it was stopped, and several may run with different `--tasks`.
