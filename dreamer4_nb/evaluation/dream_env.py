@@ -177,8 +177,8 @@ def _observation_space(world: WorldModel, observe: str) -> spaces.Box:
     if observe != "features":
         raise UserError(f"observe is {observe!r}; expected frames, latents or features")
     if not c.n_agent:
-        raise UserError("features are read from agent tokens; give the world of phase 2, or observe frames or "
-                        "latents")
+        raise UserError("features are read from agent tokens; give the world of phase 2, or observe frames "
+                        "or latents")
     gain = world.dynamics.transformer.norm.gain.detach().abs().cpu().numpy()
     bound = np.tile(gain * c.transformer.width ** 0.5 * 1.001, c.n_agent).astype(np.float32)
     return spaces.Box(-bound, bound, dtype=np.float32)
