@@ -191,7 +191,7 @@ class Decoder(nn.Module):
         y: Tensor = self.net(x.contiguous(memory_format=torch.channels_last)).unflatten(0, features.shape[:2])
         return y.float() + 0.5
 
-# %% ../../nbs/13_dreamer3.ipynb #6716edc4
+# %% ../../nbs/13_dreamer3.ipynb #ddd3af0e
 class Seen(NamedTuple):
     "What a world makes of frames, or of a dream, for each of t steps."
     h: Tensor          # (b, t, deter)
@@ -204,7 +204,7 @@ class Seen(NamedTuple):
         "(b, t, deter + latent)"
         return torch.cat([self.h, self.z], -1)
 
-
+# %% ../../nbs/13_dreamer3.ipynb #6716edc4
 class RecurrentWorld(nn.Module):
     "The recurrent state-space model (RSSM) with encoder, decoder, and heads for reward and continue."
 

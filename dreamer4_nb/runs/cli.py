@@ -205,16 +205,17 @@ class Dreamer3:
         from dreamer4_nb.runs.dreamer3_runs import train_dreamer3
 
         train_dreamer3(self.run, self.settings)
-        print0(f"{self.run / 'dreamer3.safetensors'}; to judge it: dreamer4-nb dreamer3-evaluate --run {self.run}")
+        print0(f"{self.run / 'dreamer3.safetensors'}")
+        print0(f"to judge it: dreamer4 dreamer3-evaluate --run {self.run}")
 
 
 @dataclass(frozen=True)
 class EvaluateDreamer3:
-    """Judges a Dreamer 3 in the real environment, also while it is trained: deterministic episodes on new seeds,
-    reconstructions, and the floors of both. Writes evaluation.json, curve.png and episode.webp."""
+    """Judges a Dreamer 3 in the real environment, also while it is trained: deterministic episodes on new
+    seeds, reconstructions, and the floors of both. Writes evaluation.json, curve.png and episode.webp."""
     run: Path = Path("runs/dreamer3")    # folder of the run
     episodes: Count = 20
-    first_seed: Seed = 50_000            # seeds first_seed, first_seed + 1, ...; the training plays none of them
+    first_seed: Seed = 50_000            # seeds first_seed, first_seed + 1, ...; none is played in training
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -466,7 +467,8 @@ def show_ranges(kind: type) -> None:
             kind.__annotations__[name] = Annotated[hint, tyro.conf.arg(metavar=text)]
 
 
-for command in (Preset, Play, Evaluate, Rounds, Dreamer3Preset, EvaluateDreamer3, Study, Collect, ImportSettings, Bench):
+for command in (Preset, Play, Evaluate, Rounds, Dreamer3Preset, EvaluateDreamer3, Study, Collect,
+                ImportSettings, Bench):
     show_ranges(command)
 
 # %% ../../nbs/63_cli.ipynb #4c74e207

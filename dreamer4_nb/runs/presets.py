@@ -470,14 +470,16 @@ class Dreamer3Preset:
         return range(first, first + self.episodes)
 
 
-_large_model = Dreamer3Config(stem=2, channels=32, embedding=1024, deter=512, groups=32, classes=32, hidden=512,
-                              value_bins=255, reach=20.0, every=1, gamma=0.997, entropy=3e-4, pace=1.0)
+_large_model = Dreamer3Config(stem=2, channels=32, embedding=1024, deter=512, groups=32, classes=32,
+                              hidden=512, value_bins=255, reach=20.0, every=1, gamma=0.997, entropy=3e-4,
+                              pace=1.0)
 _large_train = replace(Dreamer3Preset().train, lr=1e-4)
-_micro_model = Dreamer3Config(image=16, stem=2, channels=4, embedding=8, deter=8, groups=2, classes=3, hidden=8,
-                              value_bins=9, horizon=3)
+_micro_model = Dreamer3Config(image=16, stem=2, channels=4, embedding=8, deter=8, groups=2, classes=3,
+                              hidden=8, value_bins=9, horizon=3)
 DREAMER3_PRESETS = {
     "small": Dreamer3Preset(),
-    "large": Dreamer3Preset(model=_large_model, train=_large_train, batch=16, length=64, prefill=10, rounds=991,
-                            updates=250),
-    "micro": Dreamer3Preset(model=_micro_model, batch=2, length=4, prefill=2, rounds=3, updates=2, decisions=6),
+    "large": Dreamer3Preset(model=_large_model, train=_large_train, batch=16, length=64, prefill=10,
+                            rounds=991, updates=250),
+    "micro": Dreamer3Preset(model=_micro_model, batch=2, length=4, prefill=2, rounds=3, updates=2,
+                            decisions=6),
 }
