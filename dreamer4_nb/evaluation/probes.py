@@ -28,7 +28,8 @@ class Ridge:
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         if len(x) < 2 or len(x) != len(y):
-            raise UserError(f"a probe of {len(x)} features and {len(y)} targets; give as many of both, at least 2")
+            raise UserError(f"a probe of {len(x)} features and {len(y)} targets; "
+                            "give as many of both, at least 2")
         x = x.double()
         y = y.double()
         self.mean = x.mean(0)
@@ -54,7 +55,7 @@ class Ridge:
 
 # %% ../../nbs/68_probes.ipynb #09d76645
 def r2_each(y: Tensor, predicted: Tensor) -> Tensor:
-    "1 − Σ(y − ŷ)² / Σ(y − ȳ)² of each column (k,) of targets and predictions (n, k); 0 of one that does not vary."
+    "1 − Σ(y − ŷ)² / Σ(y − ȳ)² of each column (k,) of targets and predictions (n, k); 0 if it never varies."
     y = y.double()
     varied = (y - y.mean(0)).square().sum(0)
     wrong = (y - predicted.double()).square().sum(0)
