@@ -6,7 +6,7 @@
 __all__ = ['STRENGTHS', 'Rows', 'TOKENS', 'Ridge', 'r2_each', 'r2', 'probe', 'mean_predictor', 'layer_tokens', 'token_features',
            'disjoint_windows', 'one_frame', 'two_frames', 'isolate_agent', 'InverseHead', 'inverse_loss']
 
-# %% ../../nbs/68_probes.ipynb #84beb2f6
+# %% ../../nbs/68_probes.ipynb #34ab446e
 import copy
 from typing import cast
 
@@ -20,7 +20,7 @@ from ..method.dynamics import Dynamics, FrameInputs, dynamics_loss
 from ..method.flow import interpolate, noise_like
 from ..method.forcing import noise_context
 
-# %% ../../nbs/68_probes.ipynb #e3323606
+# %% ../../nbs/68_probes.ipynb #0bf13564
 class Ridge:
     """Linear prediction of targets y (n, k) from features x (n, d), for every strength of the penalty.
 
@@ -28,7 +28,8 @@ class Ridge:
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         if len(x) < 2 or len(x) != len(y):
-            raise UserError(f"a probe of {len(x)} features and {len(y)} targets; give as many of both, at least 2")
+            raise UserError(f"a probe of {len(x)} features and {len(y)} targets; "
+                            "give as many of both, at least 2")
         x = x.double()
         y = y.double()
         self.mean = x.mean(0)
@@ -52,9 +53,9 @@ class Ridge:
         "Predictions (n, k), float64."
         return self.standardize(x) @ self.weights(strength) + self.center
 
-# %% ../../nbs/68_probes.ipynb #0787a6a0
+# %% ../../nbs/68_probes.ipynb #09d76645
 def r2_each(y: Tensor, predicted: Tensor) -> Tensor:
-    "1 − Σ(y − ŷ)² / Σ(y − ȳ)² of each column (k,) of targets and predictions (n, k); 0 of one that does not vary."
+    "1 − Σ(y − ŷ)² / Σ(y − ȳ)² of each column (k,) of targets and predictions (n, k); 0 if it never varies."
     y = y.double()
     varied = (y - y.mean(0)).square().sum(0)
     wrong = (y - predicted.double()).square().sum(0)
@@ -65,7 +66,7 @@ def r2(y: Tensor, predicted: Tensor) -> float:
     "The mean over the columns of `r2_each`."
     return float(r2_each(y, predicted).mean())
 
-# %% ../../nbs/68_probes.ipynb #3ab12e99
+# %% ../../nbs/68_probes.ipynb #88029682
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 Rows = tuple[Tensor, Tensor]        # features (n, d) and targets (n, k)
 
@@ -91,7 +92,7 @@ def mean_predictor(fit: Rows, choose: Rows, test: Rows) -> JsonDict:
     return {"r2": r2(test[1], tested), "r2_each": r2_each(test[1], tested).tolist(),
             "r2_seen": r2(choose[1], center.expand(len(choose[1]), -1)), "strength": max(STRENGTHS)}
 
-# %% ../../nbs/68_probes.ipynb #9bf59a3c
+# %% ../../nbs/68_probes.ipynb #b7111c5a
 def layer_tokens(dynamics: Dynamics, frames: FrameInputs, context: Tensor | None = None,
                  agent: Tensor | None = None) -> list[Tensor]:
     """Tokens (b, t, s, width) before the first layer, after each layer, and after the last norm: depth + 2.
@@ -116,7 +117,7 @@ def layer_tokens(dynamics: Dynamics, frames: FrameInputs, context: Tensor | None
             hook.remove()
     return found
 
-# %% ../../nbs/68_probes.ipynb #1e096cfa
+# %% ../../nbs/68_probes.ipynb #19937c4b
 TOKENS = ("latent", "register", "agent")
 
 
@@ -152,7 +153,7 @@ def token_features(dynamics: Dynamics, latents: Tensor, i: int, seed: int, agent
             found[name].append([x[:, :, dynamics.layout.slice(name)].flatten(2).float() for x in tokens])
     return {name: [torch.cat(parts) for parts in zip(*pieces)] for name, pieces in found.items()}
 
-# %% ../../nbs/68_probes.ipynb #c5f32233
+# %% ../../nbs/68_probes.ipynb #1cd5feb5
 def disjoint_windows(windows: Windows) -> list[int]:
     "Numbers of windows that do not overlap: those that begin at multiples of their length."
     return [number for number, first in enumerate(windows.first_frame) if first % windows.length == 0]
@@ -167,7 +168,7 @@ def two_frames(features: Tensor) -> Tensor:
     "Features (w, t, F) of frames t − 1 and t as rows (w (t − 1), 2 F)."
     return torch.cat([features[:, :-1], features[:, 1:]], -1).flatten(0, 1)
 
-# %% ../../nbs/68_probes.ipynb #5f7539f0
+# %% ../../nbs/68_probes.ipynb #e01aadfb
 def isolate_agent(dynamics: Dynamics) -> Dynamics:
     """A copy whose agent tokens attend to agent tokens only, as no Dreamer 4 should be read.
 
@@ -181,7 +182,7 @@ def isolate_agent(dynamics: Dynamics) -> Dynamics:
     alone.transformer.rectangles = mask_rectangles(alone.layout)
     return alone
 
-# %% ../../nbs/68_probes.ipynb #65e3f8b5
+# %% ../../nbs/68_probes.ipynb #8f0114ab
 class InverseHead(nn.Module):
     "The action from the latent tokens of two frames; linear, so that a probe can find what it finds."
 
