@@ -139,7 +139,8 @@ def short_title(path: Path) -> str:
     "The title of a notebook without the name of its track."
     first = json.loads(path.read_text(encoding="utf-8"))["cells"][0]
     title = source_of(first).splitlines()[0].removeprefix("# ")
-    return re.sub(r"^(The Dream|The Machine|Study|Checks)[ ,]+", "", title)
+    short = re.sub(r"^(The Dream|The Machine|Study|Checks)[ ,]+", "", title)
+    return short[:1].upper() + short[1:]
 
 
 def page_of(path: Path, pages: set[str]) -> dict:
