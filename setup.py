@@ -47,7 +47,7 @@ setup(
         "Changelog": f"{get('git_url')}/blob/{get('branch')}/CHANGELOG.md",
     },
     packages=find_packages(include=[lib_name, f"{lib_name}.*"]),
-    package_data={lib_name: ["py.typed", "assets/*"]},
+    package_data={lib_name: ["py.typed", "assets/*", "assets/*/*"]},
     python_requires=f">={python}",
     install_requires=shlex.split(get("requirements")),
     extras_require=extras,
