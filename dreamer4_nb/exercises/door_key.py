@@ -51,7 +51,7 @@ def check_keep(keep: Callable) -> None:
         raise Wrong("the pole falls: when it leans to one side, to which side must its foot move?")
     if abs(turning[0] - turning[1]) < 1e-6:
         raise Wrong("the pole swings ever wider: your push depends on where it is, not on where it goes")
-    raise Wrong(f"the pole stood to the end in {sum(held)} of 5 episodes; is the push strong enough, and early?")
+    raise Wrong(f"the pole stood to the end in {sum(held)} of 5 episodes; is the push strong and early enough?")
 
 
 def _holds(keep: Callable, seed: int) -> bool:
@@ -122,6 +122,7 @@ def rubric(results: dict, r2: dict[int, float]) -> list[tuple[str, str, int, boo
     rows = {row["policy"]: row for row in results["closed_loop"]}
     cloned, imagined = (next(row for name, row in rows.items() if name.startswith(kind))
                         for kind in ("cloning", "PMPO"))
+    random = rows["random"]
     best = max((cloned, imagined), key=lambda row: row["return"])
     peak = max(r2, key=lambda lag: r2[lag]) if r2 else None
     return [
@@ -130,16 +131,16 @@ def rubric(results: dict, r2: dict[int, float]) -> list[tuple[str, str, int, boo
         ("tokenizer", f"{gain:.1f} dB above the mean frame, 3 wanted", 1, gain >= 3),
         ("dream", f"latent error {error:.3f}, copying {copied:.3f}", 1, error < copied),
         ("actions", f"other actions: {ratio:.2f} times the error, 1.2 wanted", 1, ratio >= 1.2),
-        ("policy", f"return {best['return']:.1f} {_span(best)}, random {rows['random']['return']:.1f}", 2,
-         best["return_interval"][0] > rows["random"]["return"]),
-        ("imagination", f"PMPO {imagined['return']:.1f}, cloning {cloned['return']:.1f}", 1,
+        ("policy", f"return {best['return']:.3g} {_span(best)}, random {random['return']:.3g}", 2,
+         best["return_interval"][0] > random["return"]),
+        ("imagination", f"PMPO {imagined['return']:.3g}, cloning {cloned['return']:.3g}", 1,
          imagined["return"] >= cloned["return"]),
     ]
 
 
 def _span(row: dict) -> str:
     low, high = row["return_interval"]
-    return f"[{low:.1f}, {high:.1f}]"
+    return f"[{low:.3g}, {high:.3g}]"
 
 
 def show_rubric(results: dict, r2: dict[int, float]) -> None:
