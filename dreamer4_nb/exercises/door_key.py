@@ -51,7 +51,7 @@ def check_keep(keep: Callable) -> None:
         raise Wrong("the pole falls: when it leans to one side, to which side must its foot move?")
     if abs(turning[0] - turning[1]) < 1e-6:
         raise Wrong("the pole swings ever wider: your push depends on where it is, not on where it goes")
-    raise Wrong(f"the pole stood to the end in {sum(held)} of 5 episodes; is the push strong and early enough?")
+    raise Wrong(f"the pole stood to the end in {sum(held)} of 5 episodes; push harder, or earlier")
 
 
 def _holds(keep: Callable, seed: int) -> bool:
