@@ -206,7 +206,7 @@ class Dreamer3:
 
         train_dreamer3(self.run, self.settings)
         print0(f"{self.run / 'dreamer3.safetensors'}")
-        print0(f"to judge it: dreamer4 dreamer3-evaluate --run {self.run}")
+        print0(f"to judge it: dreamer4-nb dreamer3-evaluate --run {self.run}")
 
 
 @dataclass(frozen=True)
