@@ -221,7 +221,7 @@ def test_the_commands_that_a_help_text_shows_can_be_typed():
     shown = []
     for command in vars(cli).values():
         lines = (getattr(command, "__doc__", None) or "").splitlines() if isinstance(command, type) else []
-        shown += [line.split()[1:] for line in lines if line.strip().startswith("dreamer4 ") and line.strip().count(" ") > 1 and ". " not in line]
+        shown += [line.split()[1:] for line in lines if line.strip().startswith("dreamer4-nb ") and line.strip().count(" ") > 1 and ". " not in line]
     assert ["collect", "--out"] in [words[:2] for words in shown]
     for words in shown:
         parse(words)
