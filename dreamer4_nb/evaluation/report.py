@@ -194,7 +194,7 @@ SECTIONS = {
 INTERVALS = (
     "Intervals are 95%: Wilson for rates, bootstrap for returns and for paired differences; "
     "p is the exact sign test on the same seeds. "
-    "They hold for <em>this</em> training run; "
+    "They hold for this training run; "
     "another training seed changes them by more than that (study 71)."
 )
 
