@@ -446,7 +446,7 @@ def test_whatever_is_in_results_is_text_on_the_page(tmp_path):
     page = report(tmp_path).read_text(encoding="utf-8")
     assert "&lt;script&gt;" in page
     for tag in ("<b>", "<i>", "<script>", "<u>", "<a>", "<tokenizer>", "<p>", "<h1>1", "<s>", "<q>", "<pre>\"", "\"</pre>"):
-        assert tag not in page.replace("<em>this</em>", "")
+        assert tag not in page
 
 
 @pytest.mark.parametrize("results", [b"", b"{", b"[]", b"\xff", b"[" * 100_000, *(json.dumps(RESULTS | {key: value}).encode() for key in RESULTS if key != "task"
