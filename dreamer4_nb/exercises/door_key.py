@@ -47,8 +47,10 @@ def check_keep(keep: Callable) -> None:
     held = [_holds(keep, seed) for seed in range(5)]
     if sum(held) >= 4:
         return
-    if leaning[0] >= leaning[1]:
+    if leaning[0] > leaning[1]:
         raise Wrong("the pole falls: when it leans to one side, to which side must its foot move?")
+    if leaning[0] == leaning[1]:
+        raise Wrong("the pole falls: your push is the same, however it leans")
     if abs(turning[0] - turning[1]) < 1e-6:
         raise Wrong("the pole swings ever wider: your push depends on where it is, not on where it goes")
     raise Wrong(f"the pole stood to the end in {sum(held)} of 5 episodes; push harder, or earlier")
@@ -80,7 +82,8 @@ def check_hold_out(hold_out: Callable) -> None:
         if n == 40 or n == 0:
             raise Wrong(f"{n} of 40 episodes are held out; the share is 0.25")
         if n != 10:
-            raise Wrong(f"{n} of 40 episodes are held out with the share 0.25; share of what do you count?")
+            raise Wrong("you marked the episodes to train on" if n == 30 else
+                        f"{n} of 40 episodes are held out; the share 0.25 means 10: fix how many, then choose")
     if all(torch.equal(masks[0], mask) for mask in masks[1:]):
         raise Wrong("every seed holds out the same episodes")
     if not torch.equal(masks[0], hold_out(episode, 0.25, 0)):
@@ -107,7 +110,7 @@ def check_share(share_of_the_way: Callable) -> None:
         "this is the way that was gone; as a share of which way?": value - floor,
     }
     compare(share_of_the_way(value, floor, ceiling), right, mistakes,
-            "the numbers differ; put the floor in as the value, then the ceiling")
+            "the numbers differ; put in the floor, the ceiling, and a value worse than the floor: it is negative")
 
 # %% ../../nbs/94_check_door_key.ipynb #2e841273
 def rubric(results: dict, r2: dict[int, float]) -> list[tuple[str, str, int, bool]]:

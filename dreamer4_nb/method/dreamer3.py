@@ -46,7 +46,7 @@ class Dreamer3Config:
     reach: Positive = 8.0      # of these bins in symlog units: ±symexp(8) = ±2980
     uniform: Share = 0.01      # share of the uniform distribution in every categorical
     free: NotNegative = 1.0    # nats of KL that cost nothing
-    every: Count = 2           # a dream begins in every so-manieth frame
+    every: Count = 2           # a dream begins in every n-th frame
     horizon: Count = 15        # decisions of a dream
     gamma: Share = 0.99        # discount
     lam: Share = 0.95          # λ of the returns
