@@ -83,7 +83,7 @@ def check_hold_out(hold_out: Callable) -> None:
             raise Wrong(f"{n} of 40 episodes are held out; the share is 0.25")
         if n != 10:
             raise Wrong("you marked the episodes to train on" if n == 30 else
-                        f"{n} of 40 episodes are held out; the share 0.25 means 10: fix how many, then choose")
+                        f"{n} of 40 episodes are held out; the share 0.25 means 10: first count, then choose")
     if all(torch.equal(masks[0], mask) for mask in masks[1:]):
         raise Wrong("every seed holds out the same episodes")
     if not torch.equal(masks[0], hold_out(episode, 0.25, 0)):
@@ -110,7 +110,7 @@ def check_share(share_of_the_way: Callable) -> None:
         "this is the way that was gone; as a share of which way?": value - floor,
     }
     compare(share_of_the_way(value, floor, ceiling), right, mistakes,
-            "the numbers differ; put in the floor, the ceiling, and a value worse than the floor: it is negative")
+            "the numbers differ; put in the floor, the ceiling, and what is worse than the floor: below 0")
 
 # %% ../../nbs/94_check_door_key.ipynb #2e841273
 def rubric(results: dict, r2: dict[int, float]) -> list[tuple[str, str, int, bool]]:

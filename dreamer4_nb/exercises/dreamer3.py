@@ -66,8 +66,7 @@ def check_alpha_kl(alpha_kl: Callable) -> None:
         "add over classes and groups; the mean is only over rows": value / 12,
         "the two shares add up to 1": 2 * value,
     }
-    compare(loss, value, mistakes, "the value is that of the KL itself, whatever α is; summed over the groups, "
-            "without free nats")
+    compare(loss, value, mistakes, "the value is that of the KL itself, whatever α is, without free nats")
     if not loss.requires_grad:
         raise Wrong("the value is right, but no gradient is left")
     found = torch.stack([torch.zeros_like(log_q) if x is None else x
