@@ -24,7 +24,7 @@ from ..data.acting import act_episodes, choose_randomly, demonstrate
 from ..data.arrays import exists
 from ..data.envs import env_spec
 from ..data.stores import Episode, EpisodeStore
-from ..data.tasks import TASKS
+from ..data.tasks import steps_of_decision
 from ..data.windows import Windows
 from ..evaluation.closed_loop import RandomPolicy, evaluate_policy
 from ..evaluation.metrics import image_metrics
@@ -128,7 +128,7 @@ def curve(folder: Path) -> list[dict[str, float]]:
     while exists(episodes_path(folder, number)):
         store = EpisodeStore.open(episodes_path(folder, number))
         task = store.tasks[0]
-        repeat = TASKS[task].action_repeat if task in TASKS else 1
+        repeat = steps_of_decision(task)
         decisions += store.n_frames - len(store)  # none led to a first frame
         mean = store.column("rewards").sum() / len(store)
         rows.append({"round": number, "steps": decisions * repeat, "return": float(mean)})
