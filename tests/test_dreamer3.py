@@ -131,7 +131,7 @@ def test_rounds_play_their_seeds_and_count_their_steps(whole):
     stores = [EpisodeStore.open(whole / f"episodes-000{k}.zarr") for k in range(3)]
     assert not (whole / "episodes-0003.zarr").exists()
     assert [store.seeds.tolist() for store in stores] == [[1_000_000, 1_000_001], [1_000_002], [1_000_003]]
-    rows = runs.curve(whole)
+    rows = runs.curve(MICRO, whole)
     assert [row["steps"] for row in rows] == [24, 36, 48]              # 2, 3 and 4 episodes of 6 decisions of 2 steps
     assert rows[1]["return"] == pytest.approx(float(stores[1].column("rewards").sum()))
     assert load_checkpoint(whole / "dreamer3.train.safetensors")[1]["step"] == 6
@@ -233,6 +233,99 @@ def test_reconstruction_shows_the_mean_frame_floor():
     error = (true - true.mean(0)).square().mean()
     assert report["reconstruction"]["psnr"] > 60 and report["reconstruction"]["ssim"] == pytest.approx(1)
     assert report["mean_frame"]["psnr"] == pytest.approx(float(-10 * error.log10()), abs=1e-3)
+
+
+def test_a_rollout_watches_and_then_dreams():
+    "The given frames are watched as by `observe`; after them each state comes from the one before, its action and the prior."
+    world, prefix = agent()["world"], 3
+    frames, actions = torch.rand(2, 5, 3, 16, 16), torch.rand(2, 5, 6)
+    features = world.rollout(frames[:, :prefix], actions, step_generator(4))
+    own = step_generator(4)
+    seen = world.observe(frames[:, :prefix], actions[:, :prefix], own)
+    assert torch.equal(features[:, :prefix], seen.features)
+    noise = world.noise((2, 2), own)
+    h, z = seen.h[:, -1], seen.z[:, -1]
+    for k in range(2):
+        h = world.advance(h, z, actions[:, prefix + k])
+        z = world.guess(h, noise[:, k])
+        assert torch.allclose(features[:, prefix + k], torch.cat([h, z], -1))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    "Ten recorded episodes of 20 random decisions, and settings that learn from them alone."
+    path = tmp_path_factory.mktemp("recorded") / "walks.zarr"
+    assert main(f"collect --task walker-walk --by random --image 16 --episodes 10 --decisions 20 --out {path}".split()) == 0
+    return replace(MICRO, data=str(path), rounds=1)
+
+
+def test_it_learns_from_recordings_alone(recorded, tmp_path, monkeypatch):
+    drawn = []
+
+    class Spy(runs.Windows):
+        def __init__(self, store, *arguments):
+            drawn.append(store.seeds.tolist())
+            super().__init__(store, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "Windows", Spy)
+        runs.train_dreamer3(tmp_path / "run", recorded)
+    train, held = runs.recordings(runs.fitted(recorded))
+    assert drawn == [train.seeds.tolist()] and not set(drawn[0]) & set(held.seeds.tolist()) and len(held) == 1
+    assert not list((tmp_path / "run").glob("episodes*"))
+    (row,) = runs.curve(recorded, tmp_path / "run")
+    assert row["steps"] == 0 and row["return"] == pytest.approx(float(train.column("rewards").sum()) / 9)
+
+    with monkeypatch.context() as patch:                                   # stopped and continued
+        calls = []
+        true = runs.dreamer3_loss
+        patch.setattr(runs, "dreamer3_loss", lambda *given: calls.append(1) or (true(*given) if len(calls) < 2 else 1 / 0))
+        with pytest.raises(ZeroDivisionError):
+            runs.train_dreamer3(tmp_path / "again", replace(recorded, train=replace(recorded.train, save_every=1)))
+    runs.train_dreamer3(tmp_path / "again", replace(recorded, train=replace(recorded.train, save_every=1)))
+    assert all(torch.equal(x, weights(tmp_path / "run")[key]) for key, x in weights(tmp_path / "again").items())
+
+    report = runs.evaluate_dreamer3(tmp_path / "run", 2)
+    assert report["environment_steps"] == 0 and report["updates"] == 2 and report["dream"]["windows"] == 1
+    assert set(report["dream"]["mean"]) == {"dream", "reconstruction", "copy_last", "mean_frame"}
+    with pytest.raises(UserError, match="not fresh"):
+        runs.evaluate_dreamer3(tmp_path / "run", 2, first_seed=0)
+
+    runs.train_dreamer3(tmp_path / "run", replace(recorded, rounds=2))       # and then goes on online
+    assert [store.name for store in (tmp_path / "run").glob("episodes*")] == ["episodes-0001.zarr"]
+    assert [row["steps"] for row in runs.curve(recorded, tmp_path / "run")] == [0, 12]
+
+
+def test_recordings_that_do_not_suit_are_refused(recorded, tmp_path):
+    with pytest.raises(UserError, match="holds frames of shape .16, 16, 3.; expected frames of .32, 32, 3."):
+        runs.train_dreamer3(tmp_path / "run", replace(recorded, model=replace(recorded.model, image=32)))
+    with pytest.raises(UserError, match="holds walker-walk, not cheetah-run"):
+        runs.train_dreamer3(tmp_path / "run", replace(recorded, task="cheetah-run"))
+    assert not (tmp_path / "run" / "dreamer3.safetensors").exists()
+
+
+def test_the_dream_report_measures_dreams(recorded):
+    "A world that draws the truth while it watches and gray afterwards has the errors of gray; actions that do nothing have ratio 1."
+    _, held = runs.recordings(runs.fitted(recorded))
+
+    class Gray:
+        config = recorded.model
+
+        def observe(self, frames, actions, generator):
+            return type("Seen", (), {"features": frames})
+
+        def rollout(self, frames, actions, generator):
+            assert frames.shape[1] == 8
+            return torch.cat([frames, torch.full((len(frames), actions.shape[1] - 8, *frames.shape[2:]), 0.5)], 1)
+
+        def decoder(self, features):
+            return features
+
+    report = runs.dream_report(Gray(), held, length=21)
+    frames = torch.from_numpy(held.episode(0).frames[8:21] / 255.0).float()
+    error = (frames - 0.5).square().mean((1, 2, 3))
+    assert report["per_step"]["dream"]["psnr"] == pytest.approx((-10 * error.log10()).tolist(), abs=1e-3)
+    assert report["mean"]["reconstruction"]["psnr"] > 60 and report["frame_shuffle_ratio"] == 1
 
 
 def test_the_presets_are_what_they_say():

@@ -263,6 +263,21 @@ class RecurrentWorld(nn.Module):
         hs, zs, posteriors = (torch.stack(column, 1) for column in zip(*steps))
         return Seen(hs, zs, posteriors, self.classes(self.prior(hs)))
 
+    def rollout(self, frames: Tensor, actions: Tensor, generator: Source) -> Tensor:
+        """Features (b, t, f) under actions (b, t, a): the given frames (b, p, c, h, w) are watched, the t − p
+        after them are dreamed."""
+        b, t = actions.shape[:2]
+        given = frames.shape[1]
+        seen = self.observe(frames, actions[:, :given], generator)
+        noise = self.noise((b, t - given), generator)
+        h, z = seen.h[:, -1], seen.z[:, -1]
+        features = [seen.features]
+        for k in range(given, t):
+            h = self.advance(h, z, actions[:, k])
+            z = self.guess(h, noise[:, k - given])
+            features.append(torch.cat([h, z], -1)[:, None])
+        return torch.cat(features, 1)
+
 # %% ../../nbs/13_dreamer3.ipynb #0a5f55ac
 def world_loss(world: RecurrentWorld, batch: Batch,
                generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor], Seen]:

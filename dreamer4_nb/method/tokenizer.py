@@ -26,6 +26,7 @@ from ..core import Batch, UserError, check_shape, need
 from ..inputs import Count, NotNegative, Share, check_fields
 from .attention import TransformerConfig
 from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
+from .perceptual import ShiftTolerantLPIPS
 from .pruned import prune
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-7
@@ -313,15 +314,17 @@ class PerceptualLoss:
     Call it with images (n, c, h, w) in [0, 1]. Nothing is downloaded: a missing trunk is said in one printed
     line, with the command that fetches it.
 
-    kind: "lpips", "gradient" or "auto"; afterwards the attribute says which of the first two it is
+    kind: "lpips"; "stlpips", the shift-tolerant relative in `method.perceptual`; "gradient"; or "auto", the
+        first or the last of these; afterwards the attribute says which
     quiet: print nothing
 
-    UserError for another kind, and for "lpips" without its library or trunk."""
+    UserError for another kind, and for one whose library or weights are missing."""
 
     def __init__(self, kind: str = "auto", quiet: bool = False) -> None:
         trunk = Path(torch.hub.get_dir()) / "checkpoints" / TRUNK
-        if kind not in ("auto", "lpips", "gradient"):
-            raise UserError(f"perceptual loss '{kind}' is not known; choose 'auto', 'lpips' or 'gradient'")
+        if kind not in ("auto", "lpips", "stlpips", "gradient"):
+            raise UserError(f"perceptual loss '{kind}' is not known; "
+                            "choose 'auto', 'lpips', 'stlpips' or 'gradient'")
         if kind == "lpips" and not trunk.is_file():
             raise UserError(f"LPIPS needs AlexNet's weights at {trunk}; fetch them with: {FETCH_TRUNK}")
         self.kind = kind
@@ -333,6 +336,8 @@ class PerceptualLoss:
                       "it or AlexNet's weights are not on this machine, "
                       "image-gradient differences take its place. "
                       f"To fetch them: {FETCH_TRUNK}")
+        if self.kind == "stlpips":
+            self.net = ShiftTolerantLPIPS()
         if self.kind == "lpips":
             lpips = need("lpips", "perceptual")
             with warnings.catch_warnings():
@@ -343,7 +348,8 @@ class PerceptualLoss:
         "A scalar, differentiable in `recon`."
         if self.net is None:
             return gradient_difference(recon.float(), frames.float())
-        distance: Tensor = self.net.to(recon.device)(recon, frames, normalize=True)
+        to_its_range = {"normalize": True} if self.kind == "lpips" else {}  # from [0, 1] to [−1, 1]
+        distance: Tensor = self.net.to(recon.device)(recon, frames, **to_its_range)
         return distance.mean()
 
 # %% ../../nbs/07_tokenizer.ipynb #cell-60

@@ -23,14 +23,14 @@ from torch import nn
 from ..core import UserError, pick_device, process_rank, write_json
 from ..inputs import (available_cores, environment_number, from_dict, local_path, read_json,
                                 to_dict)
-from ..data.demonstrations import load_demonstrations
+from ..data.demonstrations import open_recordings
 from ..data.stores import EpisodeStore
 from ..evaluation.closed_loop import check_fresh
 from ..method.agent import AgentHeads
 from ..method.checkpoints import load_agent, load_dynamics, load_imagination, load_tokenizer
 from ..method.dynamics import Dynamics
 from ..method.generation import WorldModel
-from ..method.tokenizer import Tokenizer
+from ..method.tokenizer import PerceptualLoss, Tokenizer
 from .folder import (PARTS, PhaseNotes, differences, has_part, other_settings,
                                      phase_settings, read_header)
 from .presets import MINUTES, TINY, Preset, resolve
@@ -52,17 +52,8 @@ def open_episodes(preset: Preset) -> EpisodeStore:
     """The episodes that a preset asks for; shipped ones are drawn on first use.
 
     `UserError` if they are of other tasks, or begin with a seed that the evaluation uses."""
-    if preset.data == "shipped":
-        image = preset.tokenizer.model.image
-        store = load_demonstrations(preset.tasks, preset.episodes, image, preset.workers)
-    else:
-        store = EpisodeStore.open(preset.data)
-        if preset.episodes is not None:
-            first = np.arange(min(preset.episodes, store.n_episodes))
-            store = store.subset(first)
-    if list(preset.tasks) != list(store.tasks):
-        raise UserError(f"{preset.data} holds {' '.join(store.tasks)}, not {' '.join(preset.tasks)}; "
-                        "give --tasks so (without names: all of them), or other --data")
+    store = open_recordings(preset.data, preset.tasks, preset.episodes, preset.tokenizer.model.image,
+                            preset.workers)
     for task in preset.tasks:
         check_fresh(task, preset.evaluation.seeds, store)
     return store
@@ -312,6 +303,8 @@ def check_run(run: "Run", last: str) -> None:
     frames."""
     preset = run.preset
     check_models(preset)
+    if preset.tokenizer.perceptual and not run.path("tokenizer").exists():
+        PerceptualLoss(preset.tokenizer.distance, quiet=True)  # raises if its weights are missing
     encoded = run.path("latents").exists()
     train, held = run.latents if encoded else run.split
     if not encoded:

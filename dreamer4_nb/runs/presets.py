@@ -38,7 +38,10 @@ class TokenizerPhase:
     batch: Count = 4               # clips in a batch
     length: Count = 8              # frames in a clip
     focus: Share = 0.7             # share of clips drawn from where the task is not yet solved
-    perceptual: NotNegative = 0.2  # weight of LPIPS, or of its substitute without a trunk
+    perceptual: NotNegative = 0.2  # weight of the perceptual term
+    # what it is: LPIPS, shift-tolerant LPIPS, differences of image gradients; auto: the first if its trunk is
+    # here, else the last
+    distance: Literal["auto", "lpips", "stlpips", "gradient"] = "auto"
     slow_steps: Natural = 2000     # steps after those of `train`, in which latents become slow
 
     def __post_init__(self) -> None:
@@ -441,14 +444,19 @@ WITHOUT_END = 10**9  # steps: the rounds say when the training ends, and more ma
 
 @dataclass(frozen=True)
 class Dreamer3Preset:
-    "Settings of Dreamer 3 online. UserError for values out of range."
+    "Settings of Dreamer 3, online or from recordings. UserError for values out of range."
     task: str = "walker-walk"
+    # recorded episodes to begin with instead of random actions: shipped, or a .zarr; with --rounds 1 all it
+    # learns from
+    data: str = ""
+    recordings: Count | None = None  # only the first so many of them
+    held_out: Annotated[float, BETWEEN] = 0.1  # share of them that no step trains on
     model: Dreamer3Config = Dreamer3Config()
     train: TrainConfig = TrainConfig(steps=WITHOUT_END, lr=4e-4, decay_share=0.0, weight_decay=0.0,
                                      clip=100.0, normalize=False, save_every=1000)
     batch: Count = 8                # windows of a step
     length: Count = 16              # frames of a window
-    prefill: Count = 4              # episodes of random actions
+    prefill: Count = 4              # episodes of random actions, without --data
     rounds: Count = 26              # after each but the last the policy plays
     episodes: Count = 1             # that it plays then
     updates: Count = 110            # steps of a round

@@ -197,13 +197,15 @@ def set_backgrounds(tokenizer: Tokenizer, sources: list[Windows]) -> None:
 @float32_default()
 def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainConfig, run_dir: Path | None,
                     batch: int = 4, length: int = 8, focus: float = 0.7, perceptual: float = 0.2,
-                    slow_steps: int = 2000, snapshots: Snapshots | None = None) -> Tokenizer:
+                    distance: str = "auto", slow_steps: int = 2000,
+                    snapshots: Snapshots | None = None) -> Tokenizer:
     """Phase 1a: trains a tokenizer on frames with `fit`.
 
     store: of frames.
     batch, length: clips in a batch, and frames in a clip.
     focus: share of clips drawn from before the first reward.
     perceptual: weight of the perceptual term, 0 for none.
+    distance: what this term is, the kind of a `PerceptualLoss`.
     slow_steps: steps of a second part, saved separately, in which latents become slow (`config.slowness`).
         Its batches have as many frames in longer clips. Many unrelated frames are best to find small things,
         but neighbors that are compared need a full past. With 0 the first part makes the tokenizer.
@@ -228,7 +230,7 @@ def train_tokenizer(store: EpisodeStore, config: TokenizerConfig, train: TrainCo
         sources = [draw(store.of_task(task), length, batch, train.seed, memory=0) for task in store.tasks]
     set_backgrounds(tokenizer, sources)
 
-    perceptual_loss = PerceptualLoss() if perceptual else None
+    perceptual_loss = PerceptualLoss(distance) if perceptual else None
     weights = {"perceptual": perceptual} if perceptual else {}
     for part, (name, steps, batches) in enumerate(parts):
         print0(batches.describe())

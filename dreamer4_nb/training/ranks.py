@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['JOIN_SECONDS', 'Tensors', 'Parameters', 'CLOSE_SECONDS', 'REMEDY', 'asked_ranks', 'join_ranks', 'leave_ranks',
            'wait_until', 'all_mean', 'LossModule', 'local', 'gathered', 'rank_mesh', 'transformers_in', 'shard_module',
-           'gradient_sync', 'zero_moments', 'pack_state', 'check_state', 'unpack_state', 'check_same_run', 'file_hash',
-           'write_shards', 'any_rank', 'wait_written', 'check_hashes', 'read_shards', 'Checkpoints']
+           'gradient_sync', 'zero_moments', 'pack_state', 'check_state', 'laid_out', 'unpack_state', 'check_same_run',
+           'file_hash', 'write_shards', 'any_rank', 'wait_written', 'check_hashes', 'read_shards', 'Checkpoints']
 
 # %% ../../nbs/40_ranks.ipynb #cell-2
 import contextlib
@@ -263,6 +263,14 @@ def check_state(state: Tensors, wanted: Tensors) -> None:
                         f"{'; '.join(wrong[:3])}. Train with the old config, or take another run folder")
 
 
+def laid_out(moment: Tensor, parameter: Tensor) -> Tensor:
+    """A moment in the memory layout of its parameter, as the optimizer itself makes it.
+
+    Fused AdamW goes through both as they lie in memory: with another layout, as that of `channels_last`, each
+    weight would get the moment of another one."""
+    return torch.empty_like(parameter).copy_(moment) if moment.shape == parameter.shape else moment
+
+
 def unpack_state(state: Tensors, parts: nn.ModuleDict, parameters: Parameters, optimizer: Any,
                  average: Tensors, scale: Any, device: torch.device,
                  losses: Iterable[str] | None = None) -> None:
@@ -285,7 +293,8 @@ def unpack_state(state: Tensors, parts: nn.ModuleDict, parameters: Parameters, o
     parts.load_state_dict(under("weights."))
     for key, parameter in parameters.items():
         found = under(f"optimiser.{key}.")
-        optimizer.state[parameter] = {name: value for name, value in found.items() if "." not in name}
+        optimizer.state[parameter] = {name: laid_out(value, parameter) for name, value in found.items()
+                                      if "." not in name}
     average.update(under("average."))
     scale.state = under("scale.")
 
