@@ -20,6 +20,7 @@ from dreamer4_nb.runs.online import gather, mark_better, online, round_preset, r
 from dreamer4_nb.runs.presets import MICRO, TINY, Rounds
 from dreamer4_nb.runs.study import branch
 from dreamer4_nb.training import phases
+from dreamer4_nb.training.optimizers import learning_rate
 from dreamer4_nb.training.phases import agent_batches
 
 TASK = "ball_in_cup-catch"
@@ -152,6 +153,9 @@ def test_the_replay_ratio_decides_the_steps():
     share = preset.imagination.train.steps / preset.agent.train.steps
     assert abs(share - TINY.imagination.train.steps / TINY.agent.train.steps) < 0.01
     assert preset.agent.train.seed != round_preset(TINY, settings, 1).agent.train.seed
+    for train in (preset.agent.train, preset.imagination.train):           # most of a round has the full rate
+        rates = [learning_rate(train, step) for step in range(train.steps)]
+        assert np.mean(np.array(rates) == train.lr) > 0.6
 
 
 def test_phase_3_may_have_a_share_of_its_own():

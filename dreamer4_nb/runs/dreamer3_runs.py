@@ -99,7 +99,7 @@ def train_on(settings: Dreamer3Preset, number: int, modules: dict[str, nn.Module
     windows = Windows(store, settings.length, settings.batch, settings.train.seed + number)
     config = {"dreamer3": to_dict(settings.model)}
     fit("dreamer3", modules, dreamer3_loss, windows, settings.train, folder, LOSS_WEIGHTS, config, TRAINED,
-        progress=False, until=settings.updates * (number + 1))
+        until=settings.updates * (number + 1))
     state = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
     save_checkpoint(folder / "dreamer3.safetensors", state, config)
 

@@ -111,7 +111,8 @@ def round_preset(preset: Preset, settings: Rounds, number: int) -> Preset:
     dreamed = max(1, round(steps * share))
     for name, own in (("agent", steps), ("imagination", dreamed)):
         train = getattr(preset, name).train
-        train = replace(train, steps=own, warmup=min(train.warmup, own), seed=train.seed + 1000 * number)
+        warmup = min(train.warmup, own // 10)  # a longer one would keep a short round from its full rate
+        train = replace(train, steps=own, warmup=warmup, seed=train.seed + 1000 * number)
         preset = with_setting(preset, f"{name}.train", train)
     return preset
 

@@ -14,6 +14,7 @@ import copy
 import json
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -556,7 +557,10 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     log = RunLog(name, run_dir if first else None, start, draw if whole else None)
     hidden = not (first and progress)
     saves = contextlib.closing(trainer.checkpoints) if trainer.checkpoints else contextlib.nullcontext()
-    bar = tqdm(total=config.steps, initial=start, desc=name, unit="step", delay=2, disable=hidden)
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    often = 0.1 if watched else 10.0  # seconds: in a file every refresh is a line
+    bar = tqdm(total=until, initial=start, desc=name, unit="step", delay=2, disable=hidden, mininterval=often,
+               leave=until == config.steps)
 
     trained = training_only(trainer.parts, trainer.parameters)
     with trained, contextlib.closing(log), saves, bar, catch_stop() as stop:
