@@ -10,7 +10,7 @@ from dreamer4_nb.core import Batch, UserError, autocast, load_checkpoint, seed_e
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.inputs import from_dict, to_dict
 from dreamer4_nb.method.dreamer3 import (TRAINED, Dreamer3Config, Dreamer3Policy, behavior_loss, dreamer3_loss, new_agent,
-                                         world_loss)
+                                         rollout, world_loss)
 from dreamer4_nb.runs import dreamer3_runs as runs
 from dreamer4_nb.runs.cli import EvaluateDreamer3, main, parse
 from dreamer4_nb.runs.presets import DREAMER3_PRESETS, Dreamer3Preset
@@ -239,7 +239,7 @@ def test_a_rollout_watches_and_then_dreams():
     "The given frames are watched as by `observe`; after them each state comes from the one before, its action and the prior."
     world, prefix = agent()["world"], 3
     frames, actions = torch.rand(2, 5, 3, 16, 16), torch.rand(2, 5, 6)
-    features = world.rollout(frames[:, :prefix], actions, step_generator(4))
+    features = rollout(world, frames[:, :prefix], actions, step_generator(4))
     own = step_generator(4)
     seen = world.observe(frames[:, :prefix], actions[:, :prefix], own)
     assert torch.equal(features[:, :prefix], seen.features)
@@ -304,7 +304,7 @@ def test_recordings_that_do_not_suit_are_refused(recorded, tmp_path):
     assert not (tmp_path / "run" / "dreamer3.safetensors").exists()
 
 
-def test_the_dream_report_measures_dreams(recorded):
+def test_the_dream_report_measures_dreams(recorded, monkeypatch):
     "A world that draws the truth while it watches and gray afterwards has the errors of gray; actions that do nothing have ratio 1."
     _, held = runs.recordings(runs.fitted(recorded))
 
@@ -314,13 +314,14 @@ def test_the_dream_report_measures_dreams(recorded):
         def observe(self, frames, actions, generator):
             return type("Seen", (), {"features": frames})
 
-        def rollout(self, frames, actions, generator):
-            assert frames.shape[1] == 8
-            return torch.cat([frames, torch.full((len(frames), actions.shape[1] - 8, *frames.shape[2:]), 0.5)], 1)
-
         def decoder(self, features):
             return features
 
+    def gray_after(world, frames, actions, generator):
+        assert frames.shape[1] == 8
+        return torch.cat([frames, torch.full((len(frames), actions.shape[1] - 8, *frames.shape[2:]), 0.5)], 1)
+
+    monkeypatch.setattr(runs, "rollout", gray_after)
     report = runs.dream_report(Gray(), held, length=21)
     frames = torch.from_numpy(held.episode(0).frames[8:21] / 255.0).float()
     error = (frames - 0.5).square().mean((1, 2, 3))

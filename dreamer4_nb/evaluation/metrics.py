@@ -362,11 +362,9 @@ def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore
     shuffled = _dream(world, data, shuffle_actions(data.actions, prefix), prefix, seed, budget)
 
     def drawn(latents: Tensor) -> Tensor:
-        "The new frames that latents show."
         return decode_stream(world.tokenizer, latents, budget)[:, prefix:]
 
-    def z(x: Tensor) -> Tensor:
-        "Latents of the new frames as the dynamics sees them."
+    def z(x: Tensor) -> Tensor:  # latents of the new frames as the dynamics sees them
         return world.dynamics.normalize(x)[:, prefix:]
 
     truth = frames[:, prefix:]
@@ -378,8 +376,8 @@ def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore
 
     last = slice(prefix - 1, prefix)
     last_latents = data.latents[:, last].expand(-1, length, -1, -1)
-    image = world.tokenizer.config
-    background = nearest_background(truth.to(world.device), world.tokenizer.mean_frame, image.patch).cpu()
+    patch = world.tokenizer.config.patch
+    background = nearest_background(truth.to(world.device), world.tokenizer.mean_frame, patch).cpu()
     images = drawn(dreamed)
     per_step = {
         "dream": measured(images, z(dreamed)),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LOSS_WEIGHTS', 'TRAINED', 'Dreamer3Config', 'mix_uniform', 'gumbel_like', 'straight_through', 'categorical_kl',
            'balanced_kl', 'layer', 'NormGRU', 'ChannelNorm', 'strides', 'Encoder', 'Decoder', 'Seen', 'RecurrentWorld',
-           'world_loss', 'frozen', 'Actor', 'chosen_action', 'dream', 'ReturnScale', 'behavior_loss', 'new_agent',
-           'dreamer3_loss', 'Dreamer3Policy']
+           'rollout', 'world_loss', 'frozen', 'Actor', 'chosen_action', 'dream', 'ReturnScale', 'behavior_loss',
+           'new_agent', 'dreamer3_loss', 'Dreamer3Policy']
 
 # %% ../../nbs/13_dreamer3.ipynb #2d020590
 import contextlib
@@ -263,20 +263,21 @@ class RecurrentWorld(nn.Module):
         hs, zs, posteriors = (torch.stack(column, 1) for column in zip(*steps))
         return Seen(hs, zs, posteriors, self.classes(self.prior(hs)))
 
-    def rollout(self, frames: Tensor, actions: Tensor, generator: Source) -> Tensor:
-        """Features (b, t, f) under actions (b, t, a): the given frames (b, p, c, h, w) are watched, the t − p
-        after them are dreamed."""
-        b, t = actions.shape[:2]
-        given = frames.shape[1]
-        seen = self.observe(frames, actions[:, :given], generator)
-        noise = self.noise((b, t - given), generator)
-        h, z = seen.h[:, -1], seen.z[:, -1]
-        features = [seen.features]
-        for k in range(given, t):
-            h = self.advance(h, z, actions[:, k])
-            z = self.guess(h, noise[:, k - given])
-            features.append(torch.cat([h, z], -1)[:, None])
-        return torch.cat(features, 1)
+# %% ../../nbs/13_dreamer3.ipynb #909f6fb1
+def rollout(world: RecurrentWorld, frames: Tensor, actions: Tensor, generator: Source) -> Tensor:
+    """Features (b, t, f) under actions (b, t, a): the given frames (b, p, c, h, w) are watched, and the t − p
+    after them are dreamed."""
+    b, t = actions.shape[:2]
+    given = frames.shape[1]
+    seen = world.observe(frames, actions[:, :given], generator)
+    noise = world.noise((b, t - given), generator)
+    h, z = seen.h[:, -1], seen.z[:, -1]
+    features = [seen.features]
+    for k in range(given, t):
+        h = world.advance(h, z, actions[:, k])
+        z = world.guess(h, noise[:, k - given])
+        features.append(torch.cat([h, z], -1)[:, None])
+    return torch.cat(features, 1)
 
 # %% ../../nbs/13_dreamer3.ipynb #0a5f55ac
 def world_loss(world: RecurrentWorld, batch: Batch,

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['episodes_path', 'recordings', 'is_recorded', 'episodes_before', 'play_before', 'train_on', 'fitted', 'note_preset',
-           'train_dreamer3', 'curve', 'curve_figure', 'load_dreamer3', 'reconstruct', 'image_report', 'dream_report',
-           'spread', 'evaluate_dreamer3', 'evaluation_table']
+           'train_dreamer3', 'curve', 'curve_figure', 'load_dreamer3', 'reconstruct', 'image_report', 'spread',
+           'dream_report', 'evaluate_dreamer3', 'evaluation_table']
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #16b90712
 import time
@@ -36,7 +36,7 @@ from ..evaluation.pictures import save_video
 from ..evaluation.statistics import Records, bootstrap
 from ..inputs import from_dict, local_path, read_json, to_dict
 from ..method.dreamer3 import (LOSS_WEIGHTS, TRAINED, Dreamer3Policy, RecurrentWorld,
-                                         dreamer3_loss, new_agent)
+                                         dreamer3_loss, new_agent, rollout)
 from .folder import deciding, differences, take_lock
 from .judge import machine, save_figure
 from .online import gather
@@ -223,6 +223,13 @@ def image_report(world: RecurrentWorld, played: Records, every: int = 10) -> dic
             "mean_frame": image_metrics(true.mean(0).expand_as(true), true)}
 
 
+def spread(returns: np.ndarray) -> dict[str, float]:
+    "Mean with its 95% interval over the episodes, standard deviation, median, least and largest return."
+    low, high = bootstrap(returns)
+    return {"mean": float(returns.mean()), "low": low, "high": high, "std": float(returns.std(ddof=1)),
+            "median": float(np.median(returns)), "min": float(returns.min()), "max": float(returns.max())}
+
+# %% ../../nbs/65_dreamer3_runs.ipynb #3f8c18e9
 @torch.no_grad()
 def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, length: int = 32,
                  windows: int = 64, seed: int = 0) -> JsonDict:
@@ -245,8 +252,8 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
     def noise() -> RowGenerators:
         return RowGenerators.seeded(seed, range(len(frames)))
 
-    dream = drawn(world.rollout(frames[:, :prefix], data.actions, noise()))
-    shuffled = drawn(world.rollout(frames[:, :prefix], shuffle_actions(data.actions, prefix), noise()))
+    dream = drawn(rollout(world, frames[:, :prefix], data.actions, noise()))
+    shuffled = drawn(rollout(world, frames[:, :prefix], shuffle_actions(data.actions, prefix), noise()))
     seen = world.observe(frames, data.actions, noise())
     images = {"dream": dream, "reconstruction": drawn(seen.features),
               "copy_last": frames[:, prefix - 1:prefix].expand_as(truth),
@@ -255,13 +262,6 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
     return {"prefix": prefix, "length": length, "windows": len(numbers), "seed": seed, "per_step": per_step,
             "mean": step_means(per_step),
             "frame_shuffle_ratio": shuffle_ratio(shuffled, dream, truth)}
-
-
-def spread(returns: np.ndarray) -> dict[str, float]:
-    "Mean with its 95% interval over the episodes, standard deviation, median, least and largest return."
-    low, high = bootstrap(returns)
-    return {"mean": float(returns.mean()), "low": low, "high": high, "std": float(returns.std(ddof=1)),
-            "median": float(np.median(returns)), "min": float(returns.min()), "max": float(returns.max())}
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:

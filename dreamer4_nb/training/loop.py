@@ -6,7 +6,7 @@
 __all__ = ['Batches', 'Snapshots', 'batch_numbers', 'pinned', 'read_ahead', 'numbered_batches', 'count_frames',
            'accumulate_gradients', 'describe_run', 'read_history', 'RunLog', 'check_finite', 'check_weights_finite',
            'summarize', 'Meter', 'catch_stop', 'all_stop', 'say_stopped', 'prepare', 'uncompiled', 'wrap_for_ranks',
-           'final_weights', 'Trainer', 'run_steps', 'show', 'fit']
+           'final_weights', 'Trainer', 'run_steps', 'progress_bar', 'show', 'fit']
 
 # %% ../../nbs/42_loop.ipynb #cell-2
 import contextlib
@@ -31,16 +31,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 from tqdm.auto import tqdm
 
-from dreamer4_nb.core import (
-    UserError,
-    atomic_path,
-    autocast,
-    float32_default,
-    is_finite,
-    pick_dtype,
-    save_checkpoint,
-    step_generator,
-)
+from ..core import (UserError, atomic_path, autocast, float32_default, is_finite, pick_dtype,
+                              save_checkpoint, step_generator)
 from ..inputs import FREE_SETTINGS, Range, read_json_lines, to_dict
 from dreamer4_nb.training.optimizers import (
     LossScale,
@@ -504,6 +496,14 @@ def run_steps(trainer: Trainer, batches: Batches, weights: dict[str, float], sta
     return max(start, until)
 
 
+def progress_bar(name: str, start: int, until: int, steps: int, hidden: bool) -> tqdm:
+    "A bar for the steps from `start` to `until`. It stays when it is full if these are all `steps`."
+    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
+    often = 0.1 if watched else 10.0  # seconds: in a file every refresh is a line
+    return tqdm(total=until, initial=start, desc=name, unit="step", delay=2, disable=hidden,
+                mininterval=often, leave=until == steps)
+
+
 def show(bar: tqdm, record: dict[str, float], names: list[str]) -> None:
     "Shows the losses with these names, and the speed, beside a bar."
     shown = {name: f"{record[name]:.3g}" for name in names}
@@ -557,10 +557,7 @@ def fit(name: str, modules: dict[str, nn.Module], loss_fn: Callable, batches: Ba
     log = RunLog(name, run_dir if first else None, start, draw if whole else None)
     hidden = not (first and progress)
     saves = contextlib.closing(trainer.checkpoints) if trainer.checkpoints else contextlib.nullcontext()
-    watched = sys.stderr.isatty() or "ipykernel" in sys.modules
-    often = 0.1 if watched else 10.0  # seconds: in a file every refresh is a line
-    bar = tqdm(total=until, initial=start, desc=name, unit="step", delay=2, disable=hidden, mininterval=often,
-               leave=until == config.steps)
+    bar = progress_bar(name, start, until, config.steps, hidden)
 
     trained = training_only(trainer.parts, trainer.parameters)
     with trained, contextlib.closing(log), saves, bar, catch_stop() as stop:
