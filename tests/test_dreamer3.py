@@ -205,7 +205,7 @@ def test_the_evaluation_measures_what_the_policy_does(whole):
     assert report["return"] != runs.evaluate_dreamer3(whole, 3, 60_000)["return"]
     assert report["return"]["min"] <= report["return"]["median"] <= report["return"]["max"]
     assert report["images"]["mean_frame"]["psnr"] > report["images"]["reconstruction"]["psnr"]  # it learned nothing
-    assert report["environment_steps"] == 48 and report["updates"] == 6
+    assert report["environment_steps"] == 48 and report["updates"] == 6 and runs.dream_table(report) == []
     assert (whole / "episode.webp").stat().st_size > 0 and (whole / "curve.png").exists()
 
 
@@ -259,7 +259,7 @@ def recorded(tmp_path_factory):
     return replace(MICRO, data=str(path), rounds=1)
 
 
-def test_it_learns_from_recordings_alone(recorded, tmp_path, monkeypatch):
+def test_it_learns_from_recordings_alone(recorded, tmp_path, monkeypatch, capsys):
     drawn = []
 
     class Spy(runs.Windows):
@@ -288,6 +288,9 @@ def test_it_learns_from_recordings_alone(recorded, tmp_path, monkeypatch):
     report = runs.evaluate_dreamer3(tmp_path / "run", 2)
     assert report["environment_steps"] == 0 and report["updates"] == 2 and report["dream"]["windows"] == 1
     assert set(report["dream"]["mean"]) == {"dream", "reconstruction", "copy_last", "mean_frame"}
+    assert [row[""] for row in runs.dream_table(report)] == list(report["dream"]["mean"])
+    assert main(f"dreamer3-evaluate --run {tmp_path / 'run'} --episodes 2".split()) == 0
+    assert "copy_last" in capsys.readouterr().out
     with pytest.raises(UserError, match="not fresh"):
         runs.evaluate_dreamer3(tmp_path / "run", 2, first_seed=0)
 

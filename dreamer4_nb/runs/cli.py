@@ -191,7 +191,7 @@ class Online:
 # %% ../../nbs/63_cli.ipynb #f3a3ae4f
 @dataclass(frozen=True)
 class Dreamer3:
-    """Trains Dreamer 3, the ancestor, online from pixels: it plays and learns in turn.
+    """Trains Dreamer 3, the ancestor, from pixels: it plays and learns in turn, or begins with recordings.
 
     Stop it at any moment; the same command continues, and with more --rounds goes on.
     """
@@ -221,10 +221,12 @@ class EvaluateDreamer3:
         check_fields(self)
 
     def __call__(self) -> None:
-        from dreamer4_nb.runs.dreamer3_runs import evaluate_dreamer3, evaluation_table
+        from dreamer4_nb.runs.dreamer3_runs import dream_table, evaluate_dreamer3, evaluation_table
 
         report = evaluate_dreamer3(self.run, self.episodes, self.first_seed)
-        print0(text_table(evaluation_table(report)))
+        for table in (evaluation_table(report), dream_table(report)):
+            if table:
+                print0(text_table(table))
         print0(f"{self.run / 'evaluation.json'}")
 
 # %% ../../nbs/63_cli.ipynb #b78e91f2

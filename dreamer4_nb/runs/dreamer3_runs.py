@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episodes_path', 'recordings', 'is_recorded', 'episodes_before', 'play_before', 'train_on', 'fitted', 'note_preset',
            'train_dreamer3', 'curve', 'curve_figure', 'load_dreamer3', 'reconstruct', 'image_report', 'spread',
-           'dream_report', 'evaluate_dreamer3', 'evaluation_table']
+           'dream_report', 'evaluate_dreamer3', 'evaluation_table', 'dream_table']
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #16b90712
 import time
@@ -317,4 +317,15 @@ def evaluation_table(report: JsonDict) -> list[dict[str, str]]:
     for name, returns, images in measured:
         row = {"": name} | {key: f"{value:.1f}" for key, value in returns.items()}
         rows.append(row | {"SSIM": f"{images['ssim']:.3f}", "PSNR": f"{images['psnr']:.1f} dB"})
+    return rows
+
+
+def dream_table(report: JsonDict) -> list[dict[str, str]]:
+    "The dreams in the report of a run that began with recordings, with ceiling and floors; empty for others."
+    rows = []
+    for name, mean in report.get("dream", {}).get("mean", {}).items():
+        row = {"": name, "PSNR": f"{mean['psnr']:.1f} dB", "SSIM": f"{mean['ssim']:.3f}"}
+        if "ball_error" in mean:
+            row |= {"ball error": f"{mean['ball_error']:.1f} px", "in place": f"{mean['ball_visible']:.2f}"}
+        rows.append(row)
     return rows
