@@ -48,6 +48,8 @@ NEAREST = {
     "generation": ["generation", "wiring"],
     "agent": ["wiring", "agent"],
     "imagination": ["wiring", "imagination"],
+    "dreamer3": ["dreamer3"],
+    "perceptual": ["perceptual"],
     "loop": ["by_hand", "wiring", "training"],
     "phases": ["wiring", "presets", "training"],
     "windows": ["wiring", "data"],
@@ -57,6 +59,10 @@ NEAREST = {
     "dream_env": ["dream_env", "generation", "evaluation"],
     "closed_loop": ["evaluation", "wiring", "chain_wiring"],
     "statistics": ["evaluation"],
+    "frechet": ["frechet"],
+    "probes": ["probes"],
+    "ranks": ["dreamer3", "training"],
+    "dreamer3_runs": ["dreamer3"],
     "report": ["evaluation", "wiring", "chain_wiring"],
     "study": ["chain_wiring"],
     "chain": ["chain_wiring"],
@@ -66,21 +72,22 @@ CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generati
             "evaluation", "agent", "training", "imagination", "stores", "data", "tokenizer", "endings",
             "presets"]
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "pruned",
-          "tokenizer", "dynamics", "generation", "agent", "imagination"]
-WIRING = ["loop", "phases", "windows", "mixtures", "ball", "metrics", "dream_env", "closed_loop", "statistics",
-          "report", "study", "chain", "judge"]
+          "tokenizer", "dynamics", "generation", "agent", "imagination", "dreamer3", "perceptual"]
+WIRING = ["loop", "ranks", "phases", "windows", "mixtures", "ball", "metrics", "dream_env", "closed_loop", "statistics",
+          "frechet", "probes", "dreamer3_runs", "report", "study", "chain", "judge"]
 # What starts processes of its own, predicts costs, or only reads text takes no part.
 SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", "ladder", "readme", "style"}
 NOT_RUN = "not compile and not kill_at_any_moment"
 
 LEFT_OUT = {
-    "flow": {"toy_centers", "toy_points", "posterior_mean", "x_from_velocity", "euler_sample",
-             "sliced_wasserstein"},
+    "flow": {"toy_centers", "toy_points", "posterior_mean", "euler_sample", "sliced_wasserstein"},
     "shortcut": {"shortcut_sample"},
     "blocks": {"draw", "compile", "compile_layers", "nbytes"},
     "tokenizer": {"PerceptualLoss"},
     "generation": {"compile", "compile_world"},
     "loop": {"RunLog", "say_stopped", "catch_stop", "read_ahead"},
+    "ranks": {"asked_ranks", "join_ranks", "leave_ranks", "wait_until", "rank_mesh", "shard_module", "any_rank",
+              "write_shards", "wait_written", "check_hashes", "read_shards"},
     "closed_loop": {"closed_loop_table", "text_table", "PlannerPolicy"},
     "dream_env": {"render"},
     "report": {"_table", "_picture", "_matrix", "findings", "report", "reconstructions"},
@@ -113,6 +120,8 @@ KNOWN = [
      '(name, world[:-1] if name == "latent" else world) for name in world'),
     ("the averaged weights are not the final ones", "loop",
      r"parameter\.copy_\(local\(value\)\)", "pass"),
+    ("a resumed moment lies in memory as the file has it", "ranks",
+     r"\{name: laid_out\(value, parameter\) for", "{name: value for"),
 ]
 
 

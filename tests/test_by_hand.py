@@ -21,7 +21,7 @@ from dreamer4_nb.method.flow import expand_as, interpolate, noise_like, velocity
 from dreamer4_nb.method.forcing import Schedule, draw_levels, forcing_loss, noise_context, sample_sequence
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.imagination import ImaginationConfig, imagination_loss, imagine
-from dreamer4_nb.method.shortcut import Grid, ramp_weight, sample_tau_d, shortcut_loss, shortcut_step
+from dreamer4_nb.method.shortcut import WEIGHTINGS, Grid, sample_tau_d, shortcut_loss, shortcut_step
 from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, deviation_weight, gradient_difference,
                                           latent_std_loss, reconstruct, slowness_loss, tokenizer_loss)
 from dreamer4_nb.training.loop import summarize
@@ -102,16 +102,21 @@ def test_the_grid_in_numbers():
 
 # The objective
 
-def test_a_squared_error_counts_by_its_level():
+WEIGHTS = {"ramp": lambda tau: 0.9 * tau + 0.1, "x": lambda tau: 1.0, "v": lambda tau: 1 / (1 - tau) ** 2}
+
+
+@pytest.mark.parametrize("weighting", WEIGHTS)
+def test_a_squared_error_counts_by_its_level(weighting):
     x_hat, target = (torch.randn(2, 3, 4, 5, generator=generator(k)) for k in (0, 1))
     tau = torch.tensor([[0.0, 0.25, 0.5], [0.75, 0.875, 0.125]])
-    loss = shortcut_loss(x_hat, target, tau)
+    loss = shortcut_loss(x_hat, target, tau, WEIGHTINGS[weighting])
     for b, t in itertools.product(range(2), range(3)):
         pairs = zip(x_hat[b, t].flatten().tolist(), target[b, t].flatten().tolist())
         squares = [(p - q) ** 2 for p, q in pairs]
-        wanted = (0.9 * tau[b, t].item() + 0.1) * sum(squares) / len(squares)
+        wanted = WEIGHTS[weighting](tau[b, t].item()) * sum(squares) / len(squares)
         assert loss[b, t].item() == pytest.approx(wanted, rel=1e-5)
-    torch.testing.assert_close(ramp_weight(torch.tensor([0.0, 1.0])), torch.tensor([0.1, 1.0]))
+    if weighting == "ramp":
+        assert torch.equal(loss, shortcut_loss(x_hat, target, tau))
 
 
 def toy_answer(z, i, j):
@@ -119,8 +124,9 @@ def toy_answer(z, i, j):
     return 0.4 * z.flip(-1) + (0.05 * i - 0.2 * j + 0.3)[(...,) + (None,) * (z.ndim - 2)]
 
 
-@pytest.mark.parametrize("share, p_context", [(0.5, 0.0), (0.0, 0.0), (1.0, 0.0), (0.5, 0.4)])
-def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
+@pytest.mark.parametrize("share, p_context, weighting", [
+    (0.5, 0.0, "ramp"), (0.0, 0.0, "ramp"), (1.0, 0.0, "ramp"), (0.5, 0.4, "ramp"), (0.5, 0.0, "x"), (0.5, 0.0, "v")])
+def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context, weighting):
     """From what the network is shown: noise and data at the level it is told. A frame at d_min is scored
     against the data, every other against two half steps, clipped. Each group's mean and plain errors."""
     schedule, clip = Schedule(k_max=8, steps=4, tau_ctx=0.8), 0.9
@@ -130,7 +136,7 @@ def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
         calls.append((z.detach(), i, j))
         return toy_answer(z, i, j)
 
-    losses, metrics = forcing_loss(f, z1, schedule, generator(2), share, p_context, clip)
+    losses, metrics = forcing_loss(f, z1, schedule, generator(2), share, p_context, clip, weighting=weighting)
     z, i, j = calls[-1]                                         # the student, which sees all rows
     assert z.shape == z1.shape
     tau = i / 8
@@ -148,7 +154,7 @@ def test_the_objective_is_that_of_every_frame_as_it_was_seen(share, p_context):
             target = (now + (1 - level) * (first + second) / 2).clamp(-clip, clip)
         error = (answer(now, 8 * level, own_j) - target).square().mean().item()
         kind = "bootstrap" if own_j < 3 else "flow"
-        found[kind].append((0.9 * level + 0.1) * error)
+        found[kind].append(WEIGHTS[weighting](level) * error)
         found[f"{kind}_mse"].append(error)
     for kind, values in found.items():
         value = losses[kind] if kind in losses else metrics[kind]

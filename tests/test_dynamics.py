@@ -83,6 +83,18 @@ def test_no_output_sees_a_later_frame_or_action(name):
         assert reach[:4].min() > 0                             # also: a_t, which led to frame t, and the three before it
 
 
+@pytest.mark.parametrize("committed", [False, True])
+def test_a_predicted_velocity_leads_to_the_clean_latents(committed):
+    "The same weights, read as a velocity: x_hat = z + (1 - tau) v."
+    models = [make_model(prediction=prediction).eval() for prediction in ("x", "v")]
+    inputs = make_inputs(models[0])
+    if committed:
+        inputs["context"] = torch.randn(inputs["z"].shape, generator=torch.Generator().manual_seed(3))
+    v, found = (model(**inputs)[0] for model in models)
+    tau = inputs["i"][..., None, None] / models[0].config.schedule.k_max
+    torch.testing.assert_close(found, inputs["z"] + (1 - tau) * v)
+
+
 def test_a_hidden_action_is_hidden_and_none_is_not_zero():
     model = make_model()
     inputs = make_inputs(model)

@@ -472,10 +472,11 @@ def test_video_loss_hands_on_the_settings_of_its_objective(stores, monkeypatch):
 
     monkeypatch.setattr(dynamics, "forcing_loss", noted)
     schedule = Schedule(k_max=16, steps=2, tau_ctx=0.6)
-    config = replace(WORLD, bootstrap_share=0.75, p_context=0.125, clip=2.5, schedule=schedule)
+    config = replace(WORLD, bootstrap_share=0.75, p_context=0.125, clip=2.5, schedule=schedule, weighting="v")
     video_loss(Dynamics(config), make_batch(stores), torch.Generator().manual_seed(0))
     given = calls[0]
     assert (given["bootstrap_share"], given["p_context"], given["clip"]) == (0.75, 0.125, 2.5)
+    assert given["weighting"] == "v"
     assert config.schedule in given.values()
 
 
@@ -483,9 +484,9 @@ def test_the_bound_of_the_bootstrap_targets_is_in_effect(stores, monkeypatch):
     "Targets of the large steps are within the config's bound, those of the smallest are the data as it is."
     targets, real = [], forcing.shortcut_loss
 
-    def noted(x_hat, target, tau):
+    def noted(x_hat, target, *rest):
         targets.append(target)
-        return real(x_hat, target, tau)
+        return real(x_hat, target, *rest)
 
     monkeypatch.setattr(forcing, "shortcut_loss", noted)
     for clip in (0.25, 50.0):

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['image_metrics', 'linear_probe', 'encode_episodes', 'tokenizer_report', 'pick_windows', 'frame_metrics',
-           'step_metrics', 'shuffle_actions', 'shuffle_ratio', 'true_ball', 'step_means', 'rollout_report']
+           'step_metrics', 'dream_windows', 'shuffle_actions', 'shuffle_ratio', 'true_ball', 'step_means',
+           'rollout_report']
 
 # %% ../../nbs/45_metrics.ipynb #6a92529b
 from collections import Counter
@@ -12,7 +13,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import (Batch, RowGenerators, UserError, autocast, inference_dtype,
@@ -22,6 +22,7 @@ from ..data.tasks import solved
 from ..data.stores import Episode, EpisodeStore
 from ..data.windows import Windows, always_solved
 from .ball import BALL_IMAGE, BALL_SCORE, ball_metrics, ball_position
+from .probes import Ridge
 from ..method.generation import WorldModel, rollout
 from ..method.streams import LONGEST, decode_stream, encode_stream
 from ..method.tokenizer import PerceptualLoss, Tokenizer, nearest_background
@@ -78,21 +79,9 @@ def linear_probe(
 
     `floor_error` is the error of a constant prediction, the mean target.
     """
-    mean = train_x.mean(0)
-    std = train_x.std(0).clamp(min=1e-4)
-    center = train_y.mean(0)
-
-    def design(x: Tensor) -> Tensor:
-        "Standardized features and a column of ones."
-        return F.pad((x - mean) / std, (0, 1), value=1.0).double()
-
-    a = design(train_x)
-    y = (train_y - center).double()
-    penalty = ridge * len(a) * torch.eye(a.shape[1], dtype=a.dtype)
-    weights = torch.linalg.solve(a.T @ a + penalty, a.T @ y)
-
-    residual = design(test_x) @ weights - (test_y - center)
-    floor = test_y.double() - center
+    fitted = Ridge(train_x, train_y)
+    residual = fitted.predict(test_x, ridge) - test_y
+    floor = test_y - fitted.center
     variance = (test_y - test_y.mean(0)).double().square().sum()
     return {
         "r2": 1 - (residual.square().sum() / variance).item(),
@@ -278,15 +267,15 @@ def step_metrics(
     return frame_metrics(images, true_frames, pixels) | {"latent_error": error.tolist()}
 
 # %% ../../nbs/45_metrics.ipynb #cell-30
-def _dream(
+def dream_windows(
     world: WorldModel,
     data: Batch,
     actions: Tensor,
     prefix: int,
     seed: int,
-    budget: int | None,
+    budget: int | None = None,
 ) -> Tensor:
-    "Latents (b, t, n, d): the first `prefix` of the data's, then dreamed ones under `actions`."
+    "Latents (b, t, n, d): the first `prefix` of the data's, then dreamed ones under `actions` (b, t, a)."
     config = world.dynamics.config
     device = world.device
     generator = RowGenerators.seeded(seed, range(len(actions)))
@@ -358,8 +347,8 @@ def rollout_report(world: WorldModel, store: EpisodeStore, latents: EpisodeStore
     data = Windows(latents, length, 1).at(numbers).to(world.device)
     frames = Windows(store, length, 1, memory=0).at(numbers).frames
     pixels = true_ball(data, store.tasks[int(data.task[0])], world.tokenizer.config.image)
-    dreamed = _dream(world, data, data.actions, prefix, seed, budget)
-    shuffled = _dream(world, data, shuffle_actions(data.actions, prefix), prefix, seed, budget)
+    dreamed = dream_windows(world, data, data.actions, prefix, seed, budget)
+    shuffled = dream_windows(world, data, shuffle_actions(data.actions, prefix), prefix, seed, budget)
 
     def drawn(latents: Tensor) -> Tensor:
         return decode_stream(world.tokenizer, latents, budget)[:, prefix:]

@@ -9,7 +9,7 @@ __all__ = ['DynamicsConfig', 'dynamics_layout', 'FrameInputs', 'context_first', 
 
 # %% ../../nbs/08_dynamics.ipynb #571037f1
 from dataclasses import dataclass
-from typing import cast
+from typing import Literal, cast
 
 import torch
 import torch.nn as nn
@@ -20,6 +20,7 @@ from ..core import Batch, UserError, check_shape
 from ..inputs import Count, Natural, Positive, Share, check_fields
 from .attention import TransformerConfig, beside_context, segment_mask, time_mask
 from .blocks import BlockCausalTransformer, CacheSlot, KVCache, TokenLayout
+from .flow import x_from_velocity
 from .forcing import Schedule, forcing_loss, noise_context
 
 # %% ../../nbs/08_dynamics.ipynb #cell-6
@@ -42,6 +43,10 @@ class DynamicsConfig:
     # more frames at the context level than the paper's draws put there (0 = the paper)
     p_context: Share = 0.0
     clip: Positive = 4.0           # bound of the bootstrap targets, in standard deviations of the latents
+    # what the network's output is: the clean latents (paper), or the velocity that leads to them
+    prediction: Literal["x", "v"] = "x"
+    # of the loss: the ramp w(τ) on the error of x̂ (paper), that error itself, or the error of the velocity
+    weighting: Literal["ramp", "x", "v"] = "ramp"
     image_rows: Share = 0.0        # share of rows treated as single images (paper: 0.3)
     # of the clips that half of the other rows are cut into; 0 = whole rows only
     short_clip_length: Natural = 0
@@ -112,8 +117,7 @@ class Dynamics(nn.Module):
         self.to_latent = nn.Linear(width, config.d_token)
         self.embed_tau = nn.Embedding(grid.k_max, width // 2)
         self.embed_d = nn.Embedding(grid.n_d, width - width // 2)
-        # its bias tells "no force" from "not known"
-        self.embed_action = nn.Linear(config.action_dim, width)
+        self.embed_action = nn.Linear(config.action_dim, width)  # its bias tells "no force" from "not known"
         if config.mixed_widths:     # of dimensions that a task lacks
             self.embed_absent = nn.Linear(config.action_dim, width, bias=False)
         self.tokens = nn.Parameter(torch.randn(config.n_tokens + config.n_registers + 2, width) * width**-0.5)
@@ -143,9 +147,8 @@ class Dynamics(nn.Module):
         z, i, j, actions, action_known, live: see `FrameInputs`
         agent: (b, n_agent, width), needed when the config has agent tokens
         segments: (b, t), clip numbers; frames attend only within their own clip
-        context: z's shape, the frames as `noise_context` puts them in a cache; each frame then sees the
-            context's earlier frames instead of its own batch's, as in use, and h is read on the context's
-            frames
+        context: z's shape, the frames as `noise_context` puts them in a cache; each frame then sees earlier
+            frames of the context instead of its own batch's, as in use, and h is read on the context
         cache: of the frames before, which these join if `commit`; or the `next_slot` of a single frame"""
         frames = checked_inputs(self, FrameInputs(z, i, j, actions, action_known, live), context)
         t = z.shape[1]
@@ -154,6 +157,8 @@ class Dynamics(nn.Module):
             frames = context_first(frames, context, self.config.schedule)
         x = self.transformer(embed_frames(self, frames, agent), cache, commit, sees, positions)
         x_hat = self.to_latent(x[:, -t:, self.layout.slice("latent")]).float()
+        if self.config.prediction == "v":
+            x_hat = x_from_velocity(x_hat, z.float(), self.config.schedule.grid.tau(i))
         return x_hat, x[:, :t, self.layout.slice("agent")].float() if self.config.n_agent else None
 
 # %% ../../nbs/08_dynamics.ipynb #58b3188f
@@ -275,7 +280,7 @@ def video_loss(model: Dynamics, batch: Batch, generator: torch.Generator,
 
     # Frames beside context do not see each other, so mixed sizes in a row would teach nothing there.
     losses, metrics = forcing_loss(f, z, c.schedule, generator, c.bootstrap_share, c.p_context, c.clip,
-                                   batch.valid, mixed=not c.train_on_context)
+                                   batch.valid, mixed=not c.train_on_context, weighting=c.weighting)
     share = metrics["bootstrap_share"]
     loss = (1 - share) * losses["flow"] + share * losses["bootstrap"]
     return loss, metrics, outputs[-1] if c.train_on_context else None

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..core import RowGenerators, UserError
 from ..inputs import Count, Decay, check_fields
 from .flow import interpolate, noise_like
-from .shortcut import (Grid, bootstrap_target, ramp_weight, sample_tau_d, shortcut_loss,
+from .shortcut import (WEIGHTINGS, Grid, bootstrap_target, sample_tau_d, shortcut_loss,
                                          shortcut_step)
 
 # %% ../../nbs/03_forcing.ipynb #cell-9
@@ -124,8 +124,8 @@ class Denoiser(Protocol):
 # %% ../../nbs/03_forcing.ipynb #6c66a119
 def forcing_loss(f: Denoiser, z1: Tensor, grid_or_schedule: Grid | Schedule, generator: torch.Generator,
                  bootstrap_share: float = 0.25, p_context: float = 0.0, clip: float | None = None,
-                 valid: Tensor | None = None, teacher: Denoiser | None = None,
-                 mixed: bool = True) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+                 valid: Tensor | None = None, teacher: Denoiser | None = None, mixed: bool = True,
+                 weighting: str = "ramp") -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The shortcut forcing objective on clean sequences: losses and metrics, scalars (paper, Eq. 7).
 
     `losses["flow"]`: mean of w(τ)·‖x̂ − z1‖² over frames with d = d_min (squares averaged over trailing
@@ -139,6 +139,7 @@ def forcing_loss(f: Denoiser, z1: Tensor, grid_or_schedule: Grid | Schedule, gen
     clip: bound of the bootstrap targets (±)
     valid: bool `(b, t)`, frames that count
     teacher: makes the targets instead of `f` (an EMA copy, say)
+    weighting: the w(τ), a name in `shortcut.WEIGHTINGS`
 
     UserError for anything but sequences."""
     if z1.ndim < 3:
@@ -157,12 +158,13 @@ def forcing_loss(f: Denoiser, z1: Tensor, grid_or_schedule: Grid | Schedule, gen
         half_steps = bootstrap_target(ask, z_tilde[rows], i[rows], j[rows], grid, clip)
         bootstrapped = coarse[rows].reshape(n, -1, *(1,) * (z1.ndim - 2))
         target = torch.cat([torch.where(bootstrapped, half_steps, z1[rows]), z1[n:]])
-    loss = shortcut_loss(f(z_tilde, i, j, rows=slice(None)), target, tau)
+    weight = WEIGHTINGS[weighting]
+    loss = shortcut_loss(f(z_tilde, i, j, rows=slice(None)), target, tau, weight)
     counts = torch.ones_like(coarse) if valid is None else valid
     fine = ~coarse & counts
     coarse = coarse & counts
     losses = {"flow": _mean_over(loss, fine), "bootstrap": _mean_over(loss, coarse)}
-    error = loss.detach() / ramp_weight(tau)
+    error = loss.detach() / weight(tau)
     share = coarse.sum() / counts.sum().clamp(min=1)
     return losses, {"flow_mse": _mean_over(error, fine), "bootstrap_mse": _mean_over(error, coarse),
                     "bootstrap_share": share}
