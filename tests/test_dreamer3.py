@@ -174,6 +174,8 @@ def test_stopped_within_a_round_bit_for_bit(whole, tmp_path, monkeypatch):
         with pytest.raises(RuntimeError):
             runs.train_dreamer3(tmp_path / "run", settings)
     assert load_checkpoint(tmp_path / "run" / "dreamer3.train.safetensors")[1]["step"] == 3
+    report = runs.evaluate_dreamer3(tmp_path / "run", 1)                   # of the first round, the last whole one
+    assert report["updates"] == 2 and report["environment_steps"] == 24 and len(report["curve"]) == 2
     runs.train_dreamer3(tmp_path / "run", settings)
     assert all(torch.equal(x, weights(whole)[key]) for key, x in weights(tmp_path / "run").items())
 

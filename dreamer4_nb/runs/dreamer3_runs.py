@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['episodes_path', 'recordings', 'is_recorded', 'episodes_before', 'play_before', 'train_on', 'fitted', 'note_preset',
            'train_dreamer3', 'curve', 'curve_figure', 'load_dreamer3', 'reconstruct', 'image_report', 'spread',
-           'dream_report', 'evaluate_dreamer3', 'evaluation_table', 'dream_table']
+           'dream_report', 'whole_rounds', 'evaluate_dreamer3', 'evaluation_table', 'dream_table']
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #16b90712
 import time
@@ -37,7 +37,7 @@ from ..evaluation.statistics import Records, bootstrap
 from ..inputs import from_dict, local_path, read_json, to_dict
 from ..method.dreamer3 import (LOSS_WEIGHTS, TRAINED, Dreamer3Policy, RecurrentWorld,
                                          dreamer3_loss, new_agent, rollout)
-from .folder import deciding, differences, take_lock
+from .folder import deciding, differences, read_header, take_lock
 from .judge import machine, save_figure
 from .online import gather
 from .presets import Dreamer3Preset
@@ -190,7 +190,7 @@ def load_dreamer3(folder: str | Path) -> tuple[dict[str, nn.Module], Dreamer3Pre
     "The modules of a run as its last whole round left them, and its settings. `UserError` if there is none."
     folder = local_path(Path(folder))
     if not (folder / "config.json").exists():
-        raise UserError(f"no run in {folder}; run `dreamer4-nb dreamer3 train --run {folder}` first")
+        raise UserError(f"no run in {folder}; run `dreamer4-nb dreamer3 --run {folder}` first")
     settings = from_dict(Dreamer3Preset, read_json(folder / "config.json", "choose another --run"))
     state, _ = load_checkpoint(folder / "dreamer3.safetensors")
     modules = new_agent(settings.model)
@@ -264,6 +264,11 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
             "frame_shuffle_ratio": shuffle_ratio(shuffled, dream, truth)}
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
+def whole_rounds(settings: Dreamer3Preset, folder: Path) -> int:
+    "How many rounds the weights have behind them: another may have begun since, and its episodes been played."
+    return int(read_header(folder / "dreamer3.train.safetensors")["step"]) // settings.updates
+
+
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:
     """Judges a run: deterministic episodes on new seeds, reconstructions, and the floors of both; if it began
     with recordings, also dreams on those that are held out.
@@ -274,6 +279,7 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
     modules, settings = load_dreamer3(folder)
     seeds = range(first_seed, first_seed + episodes)
     rows = curve(settings, folder)
+    rounds = whole_rounds(settings, folder)
     trained = range(settings.first_seed, settings.seeds(len(rows))[-1] + 1)
     if seeds.start < trained.stop and trained.start < seeds.stop:
         raise UserError(f"the training plays seeds {trained.start} to {trained.stop - 1}; choose another "
@@ -290,7 +296,7 @@ def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 
     report = {
         "task": settings.task, "first_seed": first_seed, "episodes": episodes,
         "decisions": settings.decisions,
-        "environment_steps": rows[-1]["steps"], "updates": settings.updates * len(rows),
+        "environment_steps": rows[rounds - 1]["steps"], "updates": settings.updates * rounds,
         "parameters": {name: sum(x.numel() for x in modules[name].parameters()) for name in TRAINED},
         "return": spread(played.returns), "random": spread(random.returns),
         "closed_loop": [played.summary(), random.summary()],

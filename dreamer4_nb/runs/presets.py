@@ -457,7 +457,7 @@ class Dreamer3Preset:
     batch: Count = 8                # windows of a step
     length: Count = 16              # frames of a window
     prefill: Count = 4              # episodes of random actions, without --data
-    rounds: Count = 30              # after each but the last the policy plays
+    rounds: Count = 46              # after each but the last the policy plays
     episodes: Count = 1             # that it plays then
     updates: Count = 300            # steps of a round
     decisions: Count = 500          # length of an episode
