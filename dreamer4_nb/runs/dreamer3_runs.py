@@ -265,7 +265,7 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
 def whole_rounds(settings: Dreamer3Preset, folder: Path) -> int:
-    "How many rounds the weights have behind them: another may have begun since, and its episodes been played."
+    "How many rounds the weights have behind them: another may have begun, and its episodes been played."
     return int(read_header(folder / "dreamer3.train.safetensors")["step"]) // settings.updates
 
 
