@@ -24,7 +24,7 @@ def frechet_distance(found: Tensor, reference: Tensor, components: int = 16) -> 
     found: (n, d); reference: (m, d), whose standard deviations are the units.
     components: principal components of the reference in which both clouds are compared.
     It depends on n and m: compare only distances with the same ones.
-    `UserError` for features of different width, for fewer than 2 components, and for fewer rows than components + 2."""
+    `UserError` for features of different width, fewer than 2 components, and rows than components + 2."""
     check_shape("found", found, "n d", d=reference.shape[-1])
     least = min(len(found), len(reference))
     if not 1 < components <= min(least - 2, reference.shape[-1]):
