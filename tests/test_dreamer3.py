@@ -159,6 +159,20 @@ def test_stopped_and_continued_bit_for_bit(whole, tmp_path, monkeypatch, name, c
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
+def test_averaged_weights_are_judged_and_the_others_go_on(whole, tmp_path):
+    settings = replace(MICRO, train=replace(MICRO.train, ema=0.5))
+    folder = tmp_path / "run"
+    runs.train_dreamer3(folder, settings)
+    state = load_checkpoint(folder / "dreamer3.train.safetensors")[0]
+    live, plain = ({key: x for key, x in found.items() if key.startswith("weights.")}
+                   for found in (state, load_checkpoint(whole / "dreamer3.train.safetensors")[0]))
+    assert all(torch.equal(x, plain[key]) for key, x in live.items())      # an average changes no step and no episode
+    policy = runs.load_dreamer3(folder)[0]["actor"].state_dict()
+    for key, x in policy.items():
+        assert torch.equal(x, state[f"average.actor.{key}"])
+    assert any(not torch.equal(x, live[f"weights.actor.{key}"]) for key, x in policy.items())
+
+
 def test_stopped_within_a_round_bit_for_bit(whole, tmp_path, monkeypatch):
     true, calls = runs.dreamer3_loss, []
 

@@ -42,6 +42,7 @@ from .judge import machine, save_figure
 from .online import gather
 from .presets import Dreamer3Preset
 from ..training.loop import fit
+from ..training.ranks import weights_in
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #dd66427d
 def episodes_path(folder: Path, number: int) -> Path:
@@ -100,8 +101,8 @@ def train_on(settings: Dreamer3Preset, number: int, modules: dict[str, nn.Module
     config = {"dreamer3": to_dict(settings.model)}
     fit("dreamer3", modules, dreamer3_loss, windows, settings.train, folder, LOSS_WEIGHTS, config, TRAINED,
         until=settings.updates * (number + 1))
-    state = {f"{name}.{key}": x for name, module in modules.items() for key, x in module.state_dict().items()}
-    save_checkpoint(folder / "dreamer3.safetensors", state, config)
+    state, saved = load_checkpoint(folder / "dreamer3.train.safetensors")
+    save_checkpoint(folder / "dreamer3.safetensors", weights_in(state), config | {"step": saved["step"]})
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #222100b3
 def fitted(settings: Dreamer3Preset) -> Dreamer3Preset:
@@ -266,7 +267,7 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
 # %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
 def whole_rounds(settings: Dreamer3Preset, folder: Path) -> int:
     "How many rounds the weights have behind them: another may have begun, and its episodes been played."
-    return int(read_header(folder / "dreamer3.train.safetensors")["step"]) // settings.updates
+    return int(read_header(folder / "dreamer3.safetensors")["step"]) // settings.updates
 
 
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['JOIN_SECONDS', 'Tensors', 'Parameters', 'CLOSE_SECONDS', 'REMEDY', 'asked_ranks', 'join_ranks', 'leave_ranks',
            'wait_until', 'all_mean', 'LossModule', 'local', 'gathered', 'rank_mesh', 'transformers_in', 'shard_module',
-           'gradient_sync', 'zero_moments', 'pack_state', 'check_state', 'laid_out', 'unpack_state', 'check_same_run',
-           'file_hash', 'write_shards', 'any_rank', 'wait_written', 'check_hashes', 'read_shards', 'Checkpoints']
+           'gradient_sync', 'zero_moments', 'pack_state', 'weights_in', 'check_state', 'laid_out', 'unpack_state',
+           'check_same_run', 'file_hash', 'write_shards', 'any_rank', 'wait_written', 'check_hashes', 'read_shards',
+           'Checkpoints']
 
 # %% ../../nbs/40_ranks.ipynb #cell-2
 import contextlib
@@ -246,6 +247,14 @@ def pack_state(parts: nn.ModuleDict, parameters: Parameters, optimizer: Any,
     for key, value in scale.state.items():
         packed[f"scale.{key}"] = value
     return packed
+
+
+def weights_in(state: Tensors) -> Tensors:
+    "The weights of a state of `pack_state` as they are used: averaged, where there is an average."
+    def under(prefix: str) -> Tensors:
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+
+    return under("weights.") | under("average.")
 
 # %% ../../nbs/40_ranks.ipynb #cell-30
 def check_state(state: Tensors, wanted: Tensors) -> None:
