@@ -1,0 +1,120 @@
+"""Study 74: what online rounds add, by arm and training seed. Trains, plays, and writes nbs/results/online.json, "seeds".
+
+    python tests/rounds/study.py runs/rounds --seeds 0 1 2
+    python tests/rounds/study.py runs/rounds --task cartpole-swingup --arms own_actions --seeds 0 1 2
+
+An agent is cloned from the executed actions of mixed demonstrations; then three arms of four rounds go on from it. Every policy
+is judged by its mean, on 100 seeds that nothing has played, 500 decisions each. For ball in cup the world is the one that ships;
+for other tasks it is trained first. Rows that the results hold are not made again; two processes may share the seeds.
+"""
+import argparse
+import shutil
+from dataclasses import replace
+from importlib.resources import files
+from pathlib import Path
+
+from filelock import FileLock
+
+from dreamer4_nb.core import JsonDict, write_json
+from dreamer4_nb.inputs import read_json, to_dict
+from dreamer4_nb.runs.chain import Run, by_task
+from dreamer4_nb.runs.judge import closed_loop, machine
+from dreamer4_nb.runs.online import online, round_preset
+from dreamer4_nb.runs.presets import LONG, TINY, Preset, Rounds
+from dreamer4_nb.runs.study import seeded
+
+RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "online.json"
+SHIPPED = "ball_in_cup-catch"
+JUDGE = {"episodes": 100, "decisions": 500, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
+ROUNDS = Rounds(readout="mean", recent=1.0)      # a batch of played episodes only: no noisy label comes back
+ARMS = {"own_actions": ROUNDS, "dagger": replace(ROUNDS, teacher="planner"), "planner": replace(ROUNDS, actor="planner")}
+
+
+def preset_of(task: str, seed: int) -> Preset:
+    "The base run's preset: executed actions are cloned, and the agent has a training seed of its own."
+    preset = replace(LONG, episodes=400) if task == SHIPPED else replace(TINY, tasks=(task,), episodes=None)
+    preset = replace(preset, threads=1, workers=1, agent=replace(preset.agent, labels="executed"),
+                     evaluation=replace(preset.evaluation, **JUDGE))
+    return seeded(preset, agent=seed, imagination=seed)
+
+
+def base_run(folder: Path, task: str, seed: int) -> Run:
+    "The cloned agent before any round, in the world that ships or in one that all seeds share."
+    own = folder / task / f"base{seed}"
+    own.mkdir(parents=True, exist_ok=True)
+    shared = Run(folder / task / "world", preset_of(task, 0))
+    if task != SHIPPED:
+        with FileLock(folder / task / ".world.lock"):
+            shared.train("dynamics")
+    for name in ("tokenizer", "dynamics"):
+        weights = files("dreamer4_nb") / "assets" / f"tiny_{name}.safetensors" if task == SHIPPED else shared.path(name)
+        if not (own / f"{name}.safetensors").exists():
+            shutil.copy(str(weights), own / f"{name}.safetensors")
+    run = Run(own, preset_of(task, seed))
+    run.train("imagination")
+    return run
+
+
+def rows_of(run: Run, arm: str, seed: int) -> list[JsonDict]:
+    "How a run's policies do in the real environment, and the minutes of its phases."
+    minutes = {name: note["seconds"] / 60 for name, note in run.phases.items()}
+    rows = []
+    for view in by_task(run):
+        for records in closed_loop(view):
+            about = {"task": view.task, "arm": arm, "seed": seed, "policy": records.policy, "decisions": records.decisions}
+            rows.append(about | records.summary() | {"minutes": minutes})
+    return rows
+
+
+def stored() -> JsonDict:
+    return read_json(RESULTS, "put back a copy of it") if RESULTS.exists() else {}
+
+
+def is_stored(task: str, arm: str, seed: int) -> bool:
+    rows = stored().get("seeds", {"rows": []})["rows"]
+    return any((row["task"], row["arm"], row["seed"]) == (task, arm, seed) for row in rows)
+
+
+def keep(rows: list[JsonDict], rounds: list[JsonDict], command: str) -> None:
+    "Adds rows to the results; another process may do the same."
+    with FileLock(RESULTS.parent / ".online.lock"):
+        found = stored()
+        part = found.setdefault("seeds", {"rows": [], "rounds": []})
+        part["rows"] += rows
+        part["rounds"] += rounds
+        part.update(settings={name: to_dict(arm) for name, arm in ARMS.items()}, machine=machine(), command=command)
+        write_json(RESULTS, found)
+    for row in rows:
+        print(f"{row['task']}, {row['arm']}, seed {row['seed']}: {row['policy']} success {row['success']:.2f}, "
+              f"held {row['final_success']:.2f}, return {row['return']:.0f}", flush=True)
+
+
+def study(folder: Path, task: str, arms: list[str], seeds: list[int]) -> None:
+    command = "python tests/rounds/study.py runs/rounds"
+    for seed in seeds:
+        base = base_run(folder, task, seed)
+        if not is_stored(task, "base", seed):
+            keep(rows_of(base, "base", seed), [], command)
+        for arm in arms:
+            if is_stored(task, arm, seed):
+                continue
+            settings = replace(ARMS[arm], first_seed=ROUNDS.first_seed + 10_000 * seed)
+            place = folder / task / f"{arm}{seed}"
+            online(base, place, settings)
+            played = read_json(place / "rounds.json", "remove the folder")["rounds"]
+            last = Run(place / f"round-{settings.rounds}", round_preset(base.asked, settings, settings.rounds))
+            keep(rows_of(last, arm, seed), [{"task": task, "arm": arm, "seed": seed} | row for row in played], command)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="for the runs")
+    parser.add_argument("--task", default=SHIPPED)
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    given = parser.parse_args()
+    study(given.folder, given.task, given.arms, given.seeds)
+
+
+if __name__ == "__main__":
+    main()
