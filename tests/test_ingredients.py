@@ -85,6 +85,24 @@ def test_without_a_teacher_every_step_size_is_the_smallest():
     assert study.as_trained(with_teacher).embed_d.weight.unique(dim=0).shape[0] == with_teacher.embed_d.num_embeddings
 
 
+def test_tokenizers_add_one_ingredient_after_another(small, tmp_path, monkeypatch):
+    base = study.TOKENIZER_BASE
+    quick = {name: replace(phase, train=replace(phase.train, steps=1, warmup=1))
+             for name, phase in (("tokenizer", replace(base.tokenizer, slow_steps=1)), ("dynamics", base.dynamics))}
+    monkeypatch.setattr(study, "TOKENIZER_BASE", replace(base, episodes=20, evaluation=replace(base.evaluation, dreams=8), **quick))
+    built = []
+    monkeypatch.setattr(study, "Run", lambda folder, preset, made=study.Run: built.append(preset) or made(folder, preset))
+    study.tokenizers("ball_in_cup-catch", tmp_path, [1], "command")
+    rows = study.stored("tokenizers")["rows"]
+    assert [row["arm"].partition(": ")[2] for row in rows] == list(study.TOKENIZERS)
+    assert len({row["stlpips"] for row in rows}) == len(rows)
+    ours, perceptual, masked, paper = (preset.tokenizer for preset in built)
+    assert (ours.perceptual, perceptual.perceptual, perceptual.distance) == (0, 0.2, "stlpips")
+    assert replace(perceptual, model=replace(perceptual.model, mask_max=0.9)) == masked
+    assert (paper.model.gain, paper.model.slowness, paper.model.latent_noise, paper.slow_steps) == (0, (0, 0), 0, 0)
+    assert paper.model.mask_max == 0.9 and paper.perceptual == 0.2
+
+
 def test_speeds_are_of_all_arms(small, tmp_path, monkeypatch):
     arms = {"+ shortcut": study.with_dynamics(study.SHIPPED, study.START | {"schedule.steps": 4, "bootstrap_share": 0.25})}
     monkeypatch.setattr(study, "presets_of_ladder", lambda: arms)

@@ -2,9 +2,10 @@
 
     python tests/ingredients/study.py ladder runs/ingredients --seeds 0 1 2    # nbs/results/ablations.json, "ingredients"
     python tests/ingredients/study.py labels runs/ingredients --seeds 0 1 2    # nbs/results/labels.json
+    python tests/ingredients/study.py tokenizers runs/ingredients --task ball_in_cup-catch --seeds 0 1 2    # perceptual.json
     python tests/ingredients/study.py speed runs/ingredients                   # of the ladder, on an idle machine
 
-All begin with the tokenizer that ships and all demonstrations. A row that the results hold is not made again, and a training
+Ladder and labels begin with the tokenizer that ships and all demonstrations; the tokenizers are trained on 400. A row that the results hold is not made again, and a training
 that was stopped goes on, so the same command continues. Two processes may share the work, with other --seeds.
 """
 import argparse
@@ -23,17 +24,19 @@ from dreamer4_nb.core import JsonDict, RowGenerators, autocast, inference_dtype,
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.evaluation.frechet import dream_distances
-from dreamer4_nb.evaluation.metrics import rollout_report
+from dreamer4_nb.evaluation.metrics import encode_episodes, rollout_report
 from dreamer4_nb.inputs import read_json
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.method.forcing import Schedule
 from dreamer4_nb.method.generation import WorldModel
-from dreamer4_nb.runs.chain import Run
+from dreamer4_nb.method.tokenizer import PLAIN_OBJECTIVE, PerceptualLoss
+from dreamer4_nb.runs.chain import Run, by_task
 from dreamer4_nb.runs.judge import machine
 from dreamer4_nb.runs.presets import LONG, TINY, Preset
-from dreamer4_nb.runs.study import branch, seeded, with_setting
+from dreamer4_nb.runs.study import branch, dream_row, seeded, with_setting
 
 RESULTS = Path(__file__).parents[2] / "nbs" / "results"
+TOKENIZER_BASE = replace(TINY, threads=1, evaluation=replace(TINY.evaluation, dreams=128))
 PREFIX, LENGTH, WINDOWS = 8, 32, 128    # frames that a dream begins with, frames in all, held-out windows
 
 # The tokenizer that ships, its split of the demonstrations, and the dynamics of `make demo`.
@@ -62,6 +65,13 @@ LADDER: dict[str, dict[str, Any]] = {
 SAMPLED = {"4 steps": "diffusion forcing, 64 steps", "context without noise": "+ ramp weight"}
 INHERITED = ("tasks", "qualities", "state_dims", "action_dims", "specs", "mean", "std")     # by a copy of a store
 SHARES = (0.0, 0.02, 0.1, 0.5, 1.0)     # of the training episodes, whose actions are known
+# Tokenizers of `make demo`: each row changes these settings of the row before. The last one has the paper's loss alone.
+TOKENIZERS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "+ 0.2 ST-LPIPS": {"perceptual": 0.2, "distance": "stlpips"},
+    "+ masked patches": {"model.mask_max": 0.9},
+    "the paper's loss": {f"model.{name}": value for name, value in PLAIN_OBJECTIVE.items()} | {"slow_steps": 0},
+}
 
 
 # Rows
@@ -69,7 +79,8 @@ SHARES = (0.0, 0.02, 0.1, 0.5, 1.0)     # of the training episodes, whose action
 def table(part: str) -> tuple[Path, str]:
     "The file of a part's results, and the key in it."
     return {"ladder": (RESULTS / "ablations.json", "ingredients"), "speed": (RESULTS / "ablations.json", "ingredients_speed"),
-            "labels": (RESULTS / "labels.json", "labels")}[part]
+            "labels": (RESULTS / "labels.json", "labels"),
+            "tokenizers": (RESULTS / "perceptual.json", "tokenizers")}[part]
 
 
 def stored(part: str) -> JsonDict:
@@ -97,11 +108,16 @@ def is_stored(part: str, arm: str | float, seed: int) -> bool:
 
 # Models
 
-def with_dynamics(preset: Preset, settings: dict[str, Any]) -> Preset:
-    "The preset with other settings of its dynamics."
+def with_settings(preset: Preset, phase: str, settings: dict[str, Any]) -> Preset:
+    "The preset with other settings of a phase."
     for name, value in settings.items():
-        preset = with_setting(preset, f"dynamics.model.{name}", value)
+        preset = with_setting(preset, f"{phase}.{name}", value)
     return preset
+
+
+def with_dynamics(preset: Preset, settings: dict[str, Any]) -> Preset:
+    "The preset with other settings of its dynamics' model."
+    return with_settings(preset, "dynamics.model", settings)
 
 
 def presets_of_ladder() -> dict[str, Preset]:
@@ -201,6 +217,30 @@ def labels(base: Run, folder: Path, seeds: list[int], command: str) -> None:
             print(f"{share:g} of the actions ({labelled} episodes), seed {seed}: {found['mean']['dream']}", flush=True)
 
 
+def perceptual_distance(run: Run) -> float:
+    "Mean ST-LPIPS of the reconstructions of held-out frames."
+    frames, made = encode_episodes(run.tokenizer, run.split[1], 500, 0)[:2]
+    distance = PerceptualLoss("stlpips")
+    parts = [distance(a, b).item() * len(a) for a, b in zip(made.clamp(0, 1).split(50), frames.split(50))]
+    return sum(parts) / len(frames)
+
+
+def tokenizers(task: str, folder: Path, seeds: list[int], command: str) -> None:
+    for seed in seeds:
+        preset = replace(seeded(TOKENIZER_BASE, tokenizer=seed, dynamics=seed), tasks=(task,))
+        for name, settings in TOKENIZERS.items():
+            preset = with_settings(preset, "tokenizer", settings)
+            arm = f"{task}: {name}"
+            if is_stored("tokenizers", arm, seed):
+                continue
+            run = Run(folder / "tokenizers" / task / f"{list(TOKENIZERS).index(name)}-seed{seed}", preset)
+            run.train("dynamics")
+            (view,) = by_task(run)
+            row = {"arm": arm, "seed": seed, "stlpips": perceptual_distance(run)} | dream_row(view, seed, "", None)
+            keep("tokenizers", command, row, settings=TOKENIZERS)
+            print(f"{arm}, seed {seed}: {row['tokenizer']['tokenizer']}, dream {row['dream']['dream']}", flush=True)
+
+
 def seconds_of(call: Any, repeats: int = 7) -> float:
     "The median time of a call, after one that does not count."
     call()
@@ -242,14 +282,18 @@ def speed(base: Run, folder: Path, seeds: list[int], command: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("ladder", "labels", "speed"))
+    parser.add_argument("part", choices=("ladder", "labels", "tokenizers", "speed"))
     parser.add_argument("folder", type=Path, help="for the runs")
+    parser.add_argument("--task", default="ball_in_cup-catch", help="of the tokenizers")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
     command = f"python tests/ingredients/study.py {given.part} runs/ingredients"
-    base = base_run(given.folder)
-    {"ladder": ladder, "labels": labels, "speed": speed}[given.part](base, given.folder, given.seeds, command)
+    if given.part == "tokenizers":
+        tokenizers(given.task, given.folder, given.seeds, command)
+        return
+    parts = {"ladder": ladder, "labels": labels, "speed": speed}
+    parts[given.part](base_run(given.folder), given.folder, given.seeds, command)
 
 
 if __name__ == "__main__":
