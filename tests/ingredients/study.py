@@ -1,4 +1,4 @@
-"""Study 78: the paper's ingredients, one after another, on a problem of ours. Trains, measures, and writes results.
+"""Study 78 (labels), and the paper's ingredients on a problem of ours. Trains, measures, and writes results.
 
     python tests/ingredients/study.py ladder runs/ingredients --seeds 0 1 2    # nbs/results/ablations.json, "ingredients"
     python tests/ingredients/study.py labels runs/ingredients --seeds 0 1 2    # nbs/results/labels.json
