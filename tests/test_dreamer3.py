@@ -1,12 +1,14 @@
 "Dreamer 3 as it is wired: frozen parts under autocast, acting alone or in company, stopped and continued, judged."
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from dreamer4_nb.core import Batch, UserError, autocast, load_checkpoint, seed_everything, step_generator
+from dreamer4_nb.core import (Batch, UserError, autocast, load_checkpoint, save_checkpoint, seed_everything,
+                              step_generator)
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.inputs import from_dict, to_dict
 from dreamer4_nb.method.dreamer3 import (TRAINED, Dreamer3Config, Dreamer3Policy, behavior_loss, dreamer3_loss, new_agent,
@@ -171,6 +173,16 @@ def test_averaged_weights_are_judged_and_the_others_go_on(whole, tmp_path):
     for key, x in policy.items():
         assert torch.equal(x, state[f"average.actor.{key}"])
     assert any(not torch.equal(x, live[f"weights.actor.{key}"]) for key, x in policy.items())
+
+
+def test_weights_that_do_not_say_their_step_are_written_anew(whole, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    save_checkpoint(folder / "dreamer3.safetensors", weights(folder), {"dreamer3": {}})
+    with pytest.raises(UserError, match="again"):
+        runs.whole_rounds(MICRO, folder)
+    runs.train_dreamer3(folder, MICRO)
+    assert runs.whole_rounds(MICRO, folder) == 3
 
 
 def test_stopped_within_a_round_bit_for_bit(whole, tmp_path, monkeypatch):

@@ -266,8 +266,15 @@ def dream_report(world: RecurrentWorld, store: EpisodeStore, prefix: int = 8, le
 
 # %% ../../nbs/65_dreamer3_runs.ipynb #15ddd7a3
 def whole_rounds(settings: Dreamer3Preset, folder: Path) -> int:
-    "How many rounds the weights have behind them: another may have begun, and its episodes been played."
-    return int(read_header(folder / "dreamer3.safetensors")["step"]) // settings.updates
+    """How many rounds the weights have behind them: another may have begun, and its episodes been played.
+
+    `UserError` for weights of an earlier version, which do not say it."""
+    path = folder / "dreamer3.safetensors"
+    header = read_header(path)
+    if "step" not in header:
+        raise UserError(f"{path} does not say after which step it was saved; "
+                        f"run `dreamer4-nb dreamer3 --run {folder}` again, which writes it anew")
+    return int(header["step"]) // settings.updates
 
 
 def evaluate_dreamer3(folder: str | Path, episodes: int = 20, first_seed: int = 50_000) -> JsonDict:
