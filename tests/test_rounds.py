@@ -17,8 +17,8 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     monkeypatch.setattr(study, "SHIPPED", "")       # the micro preset has a world of its own
     monkeypatch.setattr(study, "TINY", MICRO)
     judge = {"episodes": 2, "decisions": 6, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
-    monkeypatch.setattr(study, "JUDGE", judge)
-    arms = {name: replace(arm, rounds=1, episodes=2, decisions=6) for name, arm in study.ARMS.items()}
+    monkeypatch.setattr(study, "WHOLE", {"judge": judge, "rounds": {"episodes": 2, "decisions": 6}})
+    arms = {name: replace(arm, rounds=1) for name, arm in study.ARMS.items()}
     monkeypatch.setattr(study, "ARMS", arms)
     monkeypatch.setattr(study, "preset_of", lambda task, seed, made=study.preset_of: replace(made(task, seed), episodes=12))
     study.study(tmp_path / "runs", "ball_in_cup-catch", list(arms), [1])

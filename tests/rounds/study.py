@@ -1,11 +1,12 @@
 """Study 74: what online rounds add, by arm and training seed. Trains, plays, and writes nbs/results/online.json, "seeds".
 
     python tests/rounds/study.py runs/rounds --seeds 0 1 2
-    python tests/rounds/study.py runs/rounds --task cartpole-swingup --arms own_actions --seeds 0 1 2
+    python tests/rounds/study.py runs/rounds --task cartpole-swingup --arms dagger --seeds 0 1 2
 
-An agent is cloned from the executed actions of mixed demonstrations; then three arms of four rounds go on from it. Every policy
-is judged by its mean, on 100 seeds that nothing has played, 500 decisions each. For ball in cup the world is the one that ships;
-for other tasks it is trained first. Rows that the results hold are not made again; two processes may share the seeds.
+An agent is cloned from demonstrations; then arms of four rounds go on from it. Every policy is judged on 100 seeds that nothing
+has played. For ball in cup the world is the one that ships, and actions are those executed, noise included; 500 decisions. For
+other tasks the world is trained first, actions are those intended, and an episode of 250 decisions takes its whole time. Rows
+that the results hold are not made again; two processes may share the seeds.
 """
 import argparse
 import shutil
@@ -27,15 +28,26 @@ RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "online.json"
 SHIPPED = "ball_in_cup-catch"
 JUDGE = {"episodes": 100, "decisions": 500, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
 ROUNDS = Rounds(readout="mean", recent=1.0)      # a batch of played episodes only: no noisy label comes back
+WHOLE = {"judge": JUDGE | {"decisions": 250, "readouts": ("sample", "mean")}, "rounds": {"episodes": 40, "decisions": 200}}
 ARMS = {"own_actions": ROUNDS, "dagger": replace(ROUNDS, teacher="planner"), "planner": replace(ROUNDS, actor="planner")}
 
 
 def preset_of(task: str, seed: int) -> Preset:
-    "The base run's preset: executed actions are cloned, and the agent has a training seed of its own."
-    preset = replace(LONG, episodes=400) if task == SHIPPED else replace(TINY, tasks=(task,), episodes=None)
-    preset = replace(preset, threads=1, workers=1, agent=replace(preset.agent, labels="executed"),
-                     evaluation=replace(preset.evaluation, **JUDGE))
+    "The base run's preset, whose agent has a training seed of its own."
+    if task == SHIPPED:
+        preset = replace(LONG, episodes=400, agent=replace(LONG.agent, labels="executed"))
+        judge = JUDGE
+    else:
+        preset = replace(TINY, tasks=(task,))
+        judge = WHOLE["judge"]
+    preset = replace(preset, threads=1, workers=1, evaluation=replace(preset.evaluation, **judge))
     return seeded(preset, agent=seed, imagination=seed)
+
+
+def rounds_of(task: str, arm: str, seed: int) -> Rounds:
+    "The settings of an arm; every seed plays episodes of its own."
+    settings = replace(ARMS[arm], first_seed=ROUNDS.first_seed + 10_000 * seed)
+    return settings if task == SHIPPED else replace(settings, **WHOLE["rounds"])
 
 
 def base_run(folder: Path, task: str, seed: int) -> Run:
@@ -98,7 +110,7 @@ def study(folder: Path, task: str, arms: list[str], seeds: list[int]) -> None:
         for arm in arms:
             if is_stored(task, arm, seed):
                 continue
-            settings = replace(ARMS[arm], first_seed=ROUNDS.first_seed + 10_000 * seed)
+            settings = rounds_of(task, arm, seed)
             place = folder / task / f"{arm}{seed}"
             online(base, place, settings)
             played = read_json(place / "rounds.json", "remove the folder")["rounds"]
