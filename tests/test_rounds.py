@@ -27,6 +27,7 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     assert names == {"random", "cloning, mean", "PMPO, mean"}
     assert [row["arm"] for row in part["rows"] if row["policy"] == "PMPO, mean"] == ["base", *arms]
     assert [row["arm"] for row in part["rounds"]] == list(arms) and part["rounds"][0]["n"] == 2
+    assert [row["round"] for row in part["copying"]] == [0, 1] and part["copying"][1]["arm"] == "dagger"
     randoms = [row["return"] for row in part["rows"] if row["policy"] == "random"]
     assert randoms == pytest.approx([randoms[0]] * len(randoms))       # the same seeds for all
     monkeypatch.setattr(study, "online", None)      # nothing is made again

@@ -14,10 +14,15 @@ from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
+import torch
 from filelock import FileLock
 
 from dreamer4_nb.core import JsonDict, write_json
+from dreamer4_nb.data.stores import EpisodeStore
+from dreamer4_nb.evaluation.statistics import interval
 from dreamer4_nb.inputs import read_json, to_dict
+from dreamer4_nb.method.agent import Policy
 from dreamer4_nb.runs.chain import Run, by_task
 from dreamer4_nb.runs.judge import closed_loop, machine
 from dreamer4_nb.runs.online import online, round_preset
@@ -28,7 +33,9 @@ RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "online.json"
 SHIPPED = "ball_in_cup-catch"
 JUDGE = {"episodes": 100, "decisions": 500, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
 ROUNDS = Rounds(readout="mean", recent=1.0)      # a batch of played episodes only: no noisy label comes back
-WHOLE = {"judge": JUDGE | {"decisions": 250, "readouts": ("sample", "mean")}, "rounds": {"episodes": 40, "decisions": 200}}
+WHOLE = {"judge": JUDGE | {"decisions": 250, "readouts": ("sample", "mean")},
+         "rounds": {"episodes": 40, "decisions": 250, "recent": 0.5}}
+EARLY = 125     # decisions within which `make demo` counts successes
 ARMS = {"own_actions": ROUNDS, "dagger": replace(ROUNDS, teacher="planner"), "planner": replace(ROUNDS, actor="planner")}
 
 
@@ -73,8 +80,41 @@ def rows_of(run: Run, arm: str, seed: int) -> list[JsonDict]:
     rows = []
     for view in by_task(run):
         for records in closed_loop(view):
-            about = {"task": view.task, "arm": arm, "seed": seed, "policy": records.policy, "decisions": records.decisions}
-            rows.append(about | records.summary() | {"minutes": minutes})
+            about = {"task": view.task, "arm": arm, "seed": seed, "minutes": minutes}
+            early = (0 <= records.first_success) & (records.first_success < EARLY)
+            within = {"decisions": EARLY, "success": float(early.mean()), "success_interval": interval(early)}
+            rows.append(about | records.summary() | {"within": within})
+    return rows
+
+
+def follows(run: Run, store: EpisodeStore, index: np.ndarray, past: str) -> float:
+    """R² of the clone's mean for the intended actions, in episodes that it watches.
+
+    past: what it takes for its own past actions, a column of the store: those executed, or those intended."""
+    policy = Policy(run.world, run.agent[1], "mean")
+    episodes = [store.episode(i) for i in index]
+    frames, seen, intended = (np.stack([getattr(episode, name) for episode in episodes]) for name in ("frames", past, "intended"))
+    policy.reset(len(episodes))
+    chosen = []
+    for t in range(frames.shape[1] - 1):
+        policy.action = torch.as_tensor(seen[:, t])
+        chosen.append(policy.act(frames[:, t]))
+    errors = np.square(np.stack(chosen, 1) - intended[:, 1:])
+    return float(1 - errors.mean() / intended[:, 1:].var())
+
+
+def copying(runs: list[Run]) -> list[JsonDict]:
+    """Whether a clone reads the state or repeats the past: what its R² is in demonstrations, and in the episodes of each round.
+
+    runs: the base run, and that of each round."""
+    held = runs[0].split[1]
+    expert = np.flatnonzero(held.qualities == "expert")[:16]
+    rows = [{"round": 0} | {past: follows(runs[0], held, expert, past) for past in ("actions", "intended")}]
+    for number, (before, after) in enumerate(zip(runs, runs[1:]), 1):
+        played = EpisodeStore.open(after.folder / "episodes.zarr")
+        first = np.arange(min(16, len(played)))
+        rows.append({"round": number} | {past: follows(before, played, first, past) for past in ("actions", "intended")}
+                    | {"trained": follows(after, played, first, "actions")})
     return rows
 
 
@@ -87,17 +127,19 @@ def is_stored(task: str, arm: str, seed: int) -> bool:
     return any((row["task"], row["arm"], row["seed"]) == (task, arm, seed) for row in rows)
 
 
-def keep(rows: list[JsonDict], rounds: list[JsonDict], command: str) -> None:
+def keep(rows: list[JsonDict], rounds: list[JsonDict], copied: list[JsonDict], command: str) -> None:
     "Adds rows to the results; another process may do the same."
     with FileLock(RESULTS.parent / ".online.lock"):
         found = stored()
-        part = found.setdefault("seeds", {"rows": [], "rounds": []})
+        part = found.setdefault("seeds", {"rows": [], "rounds": [], "copying": []})
         part["rows"] += rows
         part["rounds"] += rounds
+        part["copying"] += copied
         part.update(settings={name: to_dict(arm) for name, arm in ARMS.items()}, machine=machine(), command=command)
         write_json(RESULTS, found)
     for row in rows:
         print(f"{row['task']}, {row['arm']}, seed {row['seed']}: {row['policy']} success {row['success']:.2f}, "
+              f"within {row['within']['decisions']} {row['within']['success']:.2f}, "
               f"held {row['final_success']:.2f}, return {row['return']:.0f}", flush=True)
 
 
@@ -106,16 +148,19 @@ def study(folder: Path, task: str, arms: list[str], seeds: list[int]) -> None:
     for seed in seeds:
         base = base_run(folder, task, seed)
         if not is_stored(task, "base", seed):
-            keep(rows_of(base, "base", seed), [], command)
+            keep(rows_of(base, "base", seed), [], [], command)
         for arm in arms:
             if is_stored(task, arm, seed):
                 continue
             settings = rounds_of(task, arm, seed)
+            about = {"task": task, "arm": arm, "seed": seed}
             place = folder / task / f"{arm}{seed}"
             online(base, place, settings)
             played = read_json(place / "rounds.json", "remove the folder")["rounds"]
-            last = Run(place / f"round-{settings.rounds}", round_preset(base.asked, settings, settings.rounds))
-            keep(rows_of(last, arm, seed), [{"task": task, "arm": arm, "seed": seed} | row for row in played], command)
+            numbers = range(1, settings.rounds + 1)
+            runs = [base, *(Run(place / f"round-{number}", round_preset(base.asked, settings, number)) for number in numbers)]
+            copied = copying(runs) if settings.teacher == "planner" else []
+            keep(rows_of(runs[-1], arm, seed), [about | row for row in played], [about | row for row in copied], command)
 
 
 def main() -> None:
