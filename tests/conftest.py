@@ -1,6 +1,11 @@
-"The marker `cuda`, for tests that need an NVIDIA GPU: they are skipped where there is none."
+"The marker `cuda`, for tests that need an NVIDIA GPU: they are skipped where there is none. And the folder of the studies' scripts."
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+sys.path.append(str(Path(__file__).parent / "studies"))
 
 
 def pytest_configure(config: pytest.Config) -> None:

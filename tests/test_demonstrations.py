@@ -1,11 +1,8 @@
 """The script of the ladder of demonstrations: its rows are made once, at a size that learns nothing."""
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
-spec = importlib.util.spec_from_file_location("demonstrations", Path(__file__).parent / "demonstrations" / "study.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
+import demonstrations as study
+from rows import Table
 
 
 def test_a_row_holds_both_policies_and_is_made_once(tmp_path, monkeypatch):
@@ -15,16 +12,16 @@ def test_a_row_holds_both_policies_and_is_made_once(tmp_path, monkeypatch):
                   for name, phase in (("agent", preset.agent), ("imagination", preset.imagination))}
         return replace(preset, evaluation=replace(preset.evaluation, episodes=2, decisions=3, readouts=("sample",)), **phases)
 
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "ladder.json")
+    monkeypatch.setattr(study, "TABLE", Table(tmp_path / "ladder.json"))
     monkeypatch.setattr(study, "preset_of", quick)
     monkeypatch.setattr(study, "dreamed_return", lambda view, heads: 0.0)
     study.study(tmp_path / "runs", [20], ["executed"], [5])
-    (row,) = study.stored()["rows"]
+    (row,) = study.TABLE.read()["rows"]
     assert row["policies"].keys() == {"cloning, sample", "PMPO, sample"}
     assert (row["rung"], row["labels"], row["seed"]) == (20, "executed", 5)
     monkeypatch.setattr(study, "trained", None)
     study.study(tmp_path / "runs", [20], ["executed"], [5])
-    assert study.stored()["rows"] == [row]
+    assert study.TABLE.read()["rows"] == [row]
 
 
 def test_rungs_differ_by_their_episodes_labels_and_seeds_only():

@@ -1,19 +1,14 @@
 """The script of study 78: its arms are what their names say, and its rows are made once, at a size that learns nothing."""
-import importlib.util
-import json
 from dataclasses import replace
-from pathlib import Path
 
+import ingredients as study
 import numpy as np
 import pytest
 import torch
+from rows import Table
 
 from dreamer4_nb.method.dynamics import Dynamics
 from dreamer4_nb.runs.presets import resolve
-
-spec = importlib.util.spec_from_file_location("ingredients", Path(__file__).parent / "ingredients" / "study.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +19,7 @@ def small(tmp_path_factory):
     shipped = study.SHIPPED
     dynamics = replace(shipped.dynamics, train=replace(shipped.dynamics.train, steps=2, warmup=1), batch=2)
     patch.setattr(study, "SHIPPED", replace(shipped, episodes=20, dynamics=dynamics))
-    patch.setattr(study, "RESULTS", folder)
+    patch.setattr(study, "TABLES", {part: Table(folder / "results.json", part) for part in study.TABLES})
     patch.setattr(study, "WINDOWS", 8)
     yield study.base_run(folder / "runs")
     patch.undo()
@@ -55,20 +50,20 @@ def test_rows_are_stored_once_and_arms_of_the_same_weights_share_a_training(smal
         "diffusion forcing, 64 steps": study.with_dynamics(study.SHIPPED, arms["diffusion forcing, 64 steps"]),
         "4 steps": study.with_dynamics(study.SHIPPED, arms["diffusion forcing, 64 steps"] | arms["4 steps"])})
     study.ladder(small, tmp_path, [3], "command")
-    found = study.stored("ladder")
+    found = study.TABLES["ladder"].read()
     assert [(row["arm"], row["seed"]) for row in found["rows"]] == [(name, 3) for name in arms]
     assert [path.name for path in (tmp_path / "ladder").iterdir()] == ["diffusion_forcing,_64_steps"]
     assert found["rows"][0]["mean"]["dream"] != found["rows"][1]["mean"]["dream"]
     assert found["rows"][0]["mean"]["copy_last"] == found["rows"][1]["mean"]["copy_last"]
     monkeypatch.setattr(study, "trained", None)     # nothing is made again
     study.ladder(small, tmp_path, [3], "command")
-    assert study.stored("ladder")["rows"] == found["rows"]
+    assert study.TABLES["ladder"].read()["rows"] == found["rows"]
 
 
 def test_hidden_actions_are_hidden_from_the_training_and_a_share_of_none_from_the_dream(small, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "SHARES", (0.0, 0.5, 1.0))
     study.labels(small, tmp_path, [0], "command")
-    none, half, every = study.stored("labels")["rows"]
+    none, half, every = study.TABLES["labels"].read()["rows"]
     assert [row["labelled"] for row in (none, half, every)] == [0, 9, 18]
     assert none["action_shuffle_ratio"] == none["frame_shuffle_ratio"] == pytest.approx(1)
     assert half["action_shuffle_ratio"] != 1 and half["mean"]["dream"] != every["mean"]["dream"]
@@ -93,7 +88,7 @@ def test_tokenizers_add_one_ingredient_after_another(small, tmp_path, monkeypatc
     built = []
     monkeypatch.setattr(study, "Run", lambda folder, preset, made=study.Run: built.append(preset) or made(folder, preset))
     study.tokenizers("ball_in_cup-catch", tmp_path, [1], "command")
-    rows = study.stored("tokenizers")["rows"]
+    rows = study.TABLES["tokenizers"].read()["rows"]
     assert [row["arm"].partition(": ")[2] for row in rows] == list(study.TOKENIZERS)
     assert len({row["stlpips"] for row in rows}) == len(rows)
     ours, perceptual, masked, paper = (preset.tokenizer for preset in built)
@@ -108,5 +103,5 @@ def test_speeds_are_of_all_arms(small, tmp_path, monkeypatch):
     monkeypatch.setattr(study, "presets_of_ladder", lambda: arms)
     monkeypatch.setattr(study, "seconds_of", lambda call, repeats=7: call() or 0.5)
     study.speed(small, tmp_path, [0], "command")
-    (row,) = json.loads((study.RESULTS / "ablations.json").read_text())["ingredients_speed"]["rows"]
+    (row,) = study.TABLES["speed"].read()["rows"]
     assert row == {"arm": "+ shortcut", "seed": 0, "step_seconds": 0.5, "frames_per_second": 16.0}

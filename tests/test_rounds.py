@@ -1,19 +1,15 @@
 """The script of study 74: every arm goes on from the same agent, and its rows are made once, at a size that learns nothing."""
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+import rounds as study
+from rows import Table
 
 from dreamer4_nb.runs.presets import MICRO
 
-spec = importlib.util.spec_from_file_location("rounds", Path(__file__).parent / "rounds" / "study.py")
-study = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(study)
-
 
 def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "online.json")
+    monkeypatch.setattr(study, "TABLE", Table(tmp_path / "online.json", "seeds"))
     monkeypatch.setattr(study, "SHIPPED", "")       # the micro preset has a world of its own
     monkeypatch.setattr(study, "TINY", MICRO)
     judge = {"episodes": 2, "decisions": 6, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
@@ -22,7 +18,7 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     monkeypatch.setattr(study, "ARMS", arms)
     monkeypatch.setattr(study, "preset_of", lambda task, seed, made=study.preset_of: replace(made(task, seed), episodes=12))
     study.study(tmp_path / "runs", "ball_in_cup-catch", list(arms), [1])
-    part = study.stored()["seeds"]
+    part = study.TABLE.read()
     names = {row["policy"] for row in part["rows"]}
     assert names == {"random", "cloning, mean", "PMPO, mean"}
     assert [row["arm"] for row in part["rows"] if row["policy"] == "PMPO, mean"] == ["base", *arms]
@@ -32,7 +28,7 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     assert randoms == pytest.approx([randoms[0]] * len(randoms))       # the same seeds for all
     monkeypatch.setattr(study, "online", None)      # nothing is made again
     study.study(tmp_path / "runs", "ball_in_cup-catch", list(arms), [1])
-    assert study.stored()["seeds"]["rows"] == part["rows"]
+    assert study.TABLE.read()["rows"] == part["rows"]
 
 
 def test_the_base_is_the_world_that_ships_with_executed_labels():

@@ -1,7 +1,7 @@
 """Study 74: what online rounds add, by arm and training seed. Trains, plays, and writes nbs/results/online.json, "seeds".
 
-    python tests/rounds/study.py runs/rounds --seeds 0 1 2
-    python tests/rounds/study.py runs/rounds --task cartpole-swingup --arms dagger --seeds 0 1 2
+    python tests/studies/rounds.py runs/rounds --seeds 0 1 2
+    python tests/studies/rounds.py runs/rounds --task cartpole-swingup --arms dagger --seeds 0 1 2
 
 An agent is cloned from demonstrations; then arms of four rounds go on from it. Every policy is judged on 100 seeds that nothing
 has played. For ball in cup the world is the one that ships, and actions are those executed, noise included; 500 decisions. For
@@ -9,27 +9,26 @@ other tasks the world is trained first, actions are those intended, and an episo
 that the results hold are not made again; two processes may share the seeds.
 """
 import argparse
-import shutil
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import torch
 from filelock import FileLock
 
-from dreamer4_nb.core import JsonDict, write_json
+from dreamer4_nb.core import JsonDict
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.evaluation.statistics import interval
 from dreamer4_nb.inputs import read_json, to_dict
 from dreamer4_nb.method.agent import Policy
 from dreamer4_nb.runs.chain import Run, by_task
-from dreamer4_nb.runs.judge import closed_loop, machine
+from dreamer4_nb.runs.judge import closed_loop
 from dreamer4_nb.runs.online import online, round_preset
 from dreamer4_nb.runs.presets import LONG, TINY, Preset, Rounds
-from dreamer4_nb.runs.study import seeded
+from dreamer4_nb.runs.study import copy_once, seeded
+from rows import RESULTS, Table, copy_shipped
 
-RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "online.json"
+TABLE = Table(RESULTS / "online.json", "seeds")
 SHIPPED = "ball_in_cup-catch"
 JUDGE = {"episodes": 100, "decisions": 500, "readouts": ("mean",), "demonstrator": 0, "videos": 0}
 ROUNDS = Rounds(readout="mean", recent=1.0)      # a batch of played episodes only: no noisy label comes back
@@ -60,15 +59,14 @@ def rounds_of(task: str, arm: str, seed: int) -> Rounds:
 def base_run(folder: Path, task: str, seed: int) -> Run:
     "The cloned agent before any round, in the world that ships or in one that all seeds share."
     own = folder / task / f"base{seed}"
-    own.mkdir(parents=True, exist_ok=True)
-    shared = Run(folder / task / "world", preset_of(task, 0))
-    if task != SHIPPED:
+    if task == SHIPPED:
+        copy_shipped(own, "tokenizer", "dynamics")
+    else:
+        shared = Run(folder / task / "world", preset_of(task, 0))
         with FileLock(folder / task / ".world.lock"):
             shared.train("dynamics")
-    for name in ("tokenizer", "dynamics"):
-        weights = files("dreamer4_nb") / "assets" / f"tiny_{name}.safetensors" if task == SHIPPED else shared.path(name)
-        if not (own / f"{name}.safetensors").exists():
-            shutil.copy(str(weights), own / f"{name}.safetensors")
+        for name in ("tokenizer", "dynamics"):
+            copy_once(shared.path(name), own)
     run = Run(own, preset_of(task, seed))
     run.train("imagination")
     return run
@@ -118,25 +116,10 @@ def copying(runs: list[Run]) -> list[JsonDict]:
     return rows
 
 
-def stored() -> JsonDict:
-    return read_json(RESULTS, "put back a copy of it") if RESULTS.exists() else {}
-
-
-def is_stored(task: str, arm: str, seed: int) -> bool:
-    rows = stored().get("seeds", {"rows": []})["rows"]
-    return any((row["task"], row["arm"], row["seed"]) == (task, arm, seed) for row in rows)
-
-
-def keep(rows: list[JsonDict], rounds: list[JsonDict], copied: list[JsonDict], command: str) -> None:
-    "Adds rows to the results; another process may do the same."
-    with FileLock(RESULTS.parent / ".online.lock"):
-        found = stored()
-        part = found.setdefault("seeds", {"rows": [], "rounds": [], "copying": []})
-        part["rows"] += rows
-        part["rounds"] += rounds
-        part["copying"] += copied
-        part.update(settings={name: to_dict(arm) for name, arm in ARMS.items()}, machine=machine(), command=command)
-        write_json(RESULTS, found)
+def keep(rows: list[JsonDict], rounds: list[JsonDict], copied: list[JsonDict]) -> None:
+    "Adds to the table what an arm came to."
+    TABLE.add({"command": "python tests/studies/rounds.py runs/rounds", "settings": {name: to_dict(arm) for name, arm in ARMS.items()}},
+              rows=rows, rounds=rounds, copying=copied)
     for row in rows:
         print(f"{row['task']}, {row['arm']}, seed {row['seed']}: {row['policy']} success {row['success']:.2f}, "
               f"within {row['within']['decisions']} {row['within']['success']:.2f}, "
@@ -144,23 +127,22 @@ def keep(rows: list[JsonDict], rounds: list[JsonDict], copied: list[JsonDict], c
 
 
 def study(folder: Path, task: str, arms: list[str], seeds: list[int]) -> None:
-    command = "python tests/rounds/study.py runs/rounds"
     for seed in seeds:
         base = base_run(folder, task, seed)
-        if not is_stored(task, "base", seed):
-            keep(rows_of(base, "base", seed), [], [], command)
+        if not TABLE.has(task=task, arm="base", seed=seed):
+            keep(rows_of(base, "base", seed), [], [])
         for arm in arms:
-            if is_stored(task, arm, seed):
+            about = {"task": task, "arm": arm, "seed": seed}
+            if TABLE.has(**about):
                 continue
             settings = rounds_of(task, arm, seed)
-            about = {"task": task, "arm": arm, "seed": seed}
             place = folder / task / f"{arm}{seed}"
             online(base, place, settings)
             played = read_json(place / "rounds.json", "remove the folder")["rounds"]
             numbers = range(1, settings.rounds + 1)
             runs = [base, *(Run(place / f"round-{number}", round_preset(base.asked, settings, number)) for number in numbers)]
             copied = copying(runs) if settings.teacher == "planner" else []
-            keep(rows_of(runs[-1], arm, seed), [about | row for row in played], [about | row for row in copied], command)
+            keep(rows_of(runs[-1], arm, seed), [about | row for row in played], [about | row for row in copied])
 
 
 def main() -> None:

@@ -1,41 +1,41 @@
 """Study 78 (labels), and the paper's ingredients on a problem of ours. Trains, measures, and writes results.
 
-    python tests/ingredients/study.py ladder runs/ingredients --seeds 0 1 2    # nbs/results/ablations.json, "ingredients"
-    python tests/ingredients/study.py labels runs/ingredients --seeds 0 1 2    # nbs/results/labels.json
-    python tests/ingredients/study.py tokenizers runs/ingredients --task ball_in_cup-catch --seeds 0 1 2    # perceptual.json
-    python tests/ingredients/study.py speed runs/ingredients                   # of the ladder, on an idle machine
+    python tests/studies/ingredients.py ladder runs/ingredients --seeds 0 1 2    # nbs/results/ablations.json, "ingredients"
+    python tests/studies/ingredients.py labels runs/ingredients --seeds 0 1 2    # nbs/results/labels.json
+    python tests/studies/ingredients.py tokenizers runs/ingredients --task ball_in_cup-catch --seeds 0 1 2    # perceptual.json
+    python tests/studies/ingredients.py speed runs/ingredients                   # of the ladder, on an idle machine
 
-Ladder and labels begin with the tokenizer that ships and all demonstrations; the tokenizers are trained on 400. A row that the results hold is not made again, and a training
-that was stopped goes on, so the same command continues. Two processes may share the work, with other --seeds.
+Ladder and labels begin with the tokenizer that ships and all demonstrations; the tokenizers are trained on 400. A row
+that the results hold is not made again, and a training that was stopped goes on, so the same command continues. Two processes may share the work, with other --seeds.
 """
 import argparse
 import shutil
 import time
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from filelock import FileLock
 
-from dreamer4_nb.core import JsonDict, RowGenerators, autocast, inference_dtype, step_generator, write_json
+from dreamer4_nb.core import JsonDict, RowGenerators, autocast, inference_dtype, step_generator
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.data.windows import Windows
 from dreamer4_nb.evaluation.frechet import dream_distances
 from dreamer4_nb.evaluation.metrics import encode_episodes, rollout_report
-from dreamer4_nb.inputs import read_json
 from dreamer4_nb.method.dynamics import Dynamics, dynamics_loss
 from dreamer4_nb.method.forcing import Schedule
 from dreamer4_nb.method.generation import WorldModel
 from dreamer4_nb.method.tokenizer import PLAIN_OBJECTIVE, PerceptualLoss
 from dreamer4_nb.runs.chain import Run, by_task
-from dreamer4_nb.runs.judge import machine
 from dreamer4_nb.runs.presets import LONG, TINY, Preset
 from dreamer4_nb.runs.study import branch, dream_row, seeded, with_setting
+from rows import RESULTS, Table, copy_shipped
 
-RESULTS = Path(__file__).parents[2] / "nbs" / "results"
+TABLES = {"ladder": Table(RESULTS / "ablations.json", "ingredients"),
+          "speed": Table(RESULTS / "ablations.json", "ingredients_speed"),
+          "labels": Table(RESULTS / "labels.json", "labels"),
+          "tokenizers": Table(RESULTS / "perceptual.json", "tokenizers")}
 TOKENIZER_BASE = replace(TINY, threads=1, evaluation=replace(TINY.evaluation, dreams=128))
 PREFIX, LENGTH, WINDOWS = 8, 32, 128    # frames that a dream begins with, frames in all, held-out windows
 
@@ -74,38 +74,6 @@ TOKENIZERS: dict[str, dict[str, Any]] = {
 }
 
 
-# Rows
-
-def table(part: str) -> tuple[Path, str]:
-    "The file of a part's results, and the key in it."
-    return {"ladder": (RESULTS / "ablations.json", "ingredients"), "speed": (RESULTS / "ablations.json", "ingredients_speed"),
-            "labels": (RESULTS / "labels.json", "labels"),
-            "tokenizers": (RESULTS / "perceptual.json", "tokenizers")}[part]
-
-
-def stored(part: str) -> JsonDict:
-    "What a part has stored so far."
-    path, key = table(part)
-    whole = read_json(path, "put back a copy of it") if path.exists() else {}
-    return whole.get(key, {"rows": []})
-
-
-def keep(part: str, command: str, row: JsonDict | None = None, **more: Any) -> None:
-    "Adds a row, and whatever else, to the results of a part; another process may do the same."
-    path, key = table(part)
-    with FileLock(RESULTS / f".{path.stem}.lock"):
-        whole = read_json(path, "put back a copy of it") if path.exists() else {}
-        found = whole.setdefault(key, {"rows": []})
-        found.update(more, command=command, machine=machine())
-        if row is not None:
-            found["rows"].append(row)
-        write_json(path, whole)
-
-
-def is_stored(part: str, arm: str | float, seed: int) -> bool:
-    return any((row["arm"], row["seed"]) == (arm, seed) for row in stored(part)["rows"])
-
-
 # Models
 
 def with_settings(preset: Preset, phase: str, settings: dict[str, Any]) -> Preset:
@@ -132,11 +100,7 @@ def presets_of_ladder() -> dict[str, Preset]:
 
 def base_run(folder: Path) -> Run:
     "The run that all others branch from: the tokenizer that ships, and the latents of all demonstrations."
-    folder.mkdir(parents=True, exist_ok=True)
-    target = folder / "base" / "tokenizer.safetensors"
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        shutil.copy(str(files("dreamer4_nb") / "assets" / "tiny_tokenizer.safetensors"), target)
+    copy_shipped(folder / "base", "tokenizer")
     run = Run(folder / "base", SHIPPED)
     run.train("latents")
     return run
@@ -188,13 +152,13 @@ def ladder(base: Run, folder: Path, seeds: list[int], command: str) -> None:
     presets = presets_of_ladder()
     for seed in seeds:
         for arm, preset in presets.items():
-            if is_stored("ladder", arm, seed):
+            if TABLES["ladder"].has(arm=arm, seed=seed):
                 continue
             weights = SAMPLED.get(arm, arm)
             own = trained(base, folder / "ladder" / weights.replace(" ", "_") / f"seed{seed}", presets[weights], seed)
             found = measure(base, own.dynamics, base.latents[1], preset.dynamics.model.schedule)
             row = {"arm": arm, "seed": seed, "minutes": own.phases["dynamics"]["seconds"] / 60} | found
-            keep("ladder", command, row, settings=LADDER)
+            TABLES["ladder"].add({"command": command, "settings": LADDER}, rows=[row])
             print(f"{arm}, seed {seed}: {row['mean']['dream']}", flush=True)
 
 
@@ -203,7 +167,7 @@ def labels(base: Run, folder: Path, seeds: list[int], command: str) -> None:
     order = np.random.default_rng(0).permutation(train.index)
     for seed in seeds:
         for share in SHARES:
-            if is_stored("labels", share, seed):
+            if TABLES["labels"].has(arm=share, seed=seed):
                 continue
             known = np.zeros(base.store.n_episodes, bool)
             known[order[:round(share * len(order))]] = True
@@ -213,7 +177,8 @@ def labels(base: Run, folder: Path, seeds: list[int], command: str) -> None:
             own = trained(base, place, SHIPPED, seed)
             found = measure(base, own.dynamics, own.latents[1], own.preset.dynamics.model.schedule)
             labelled = int(own.latents[0].labelled.sum())
-            keep("labels", command, {"arm": share, "seed": seed, "labelled": labelled, "episodes": len(train)} | found)
+            row = {"arm": share, "seed": seed, "labelled": labelled, "episodes": len(train)} | found
+            TABLES["labels"].add({"command": command}, rows=[row])
             print(f"{share:g} of the actions ({labelled} episodes), seed {seed}: {found['mean']['dream']}", flush=True)
 
 
@@ -231,13 +196,13 @@ def tokenizers(task: str, folder: Path, seeds: list[int], command: str) -> None:
         for name, settings in TOKENIZERS.items():
             preset = with_settings(preset, "tokenizer", settings)
             arm = f"{task}: {name}"
-            if is_stored("tokenizers", arm, seed):
+            if TABLES["tokenizers"].has(arm=arm, seed=seed):
                 continue
             run = Run(folder / "tokenizers" / task / f"{list(TOKENIZERS).index(name)}-seed{seed}", preset)
             run.train("dynamics")
             (view,) = by_task(run)
             row = {"arm": arm, "seed": seed, "stlpips": perceptual_distance(run)} | dream_row(view, seed, "", None)
-            keep("tokenizers", command, row, settings=TOKENIZERS)
+            TABLES["tokenizers"].add({"command": command, "settings": TOKENIZERS}, rows=[row])
             print(f"{arm}, seed {seed}: {row['tokenizer']['tokenizer']}, dream {row['dream']['dream']}", flush=True)
 
 
@@ -254,7 +219,7 @@ def seconds_of(call: Any, repeats: int = 7) -> float:
 
 def speed(base: Run, folder: Path, seeds: list[int], command: str) -> None:
     "Seconds of a training step, and dreamed frames a second for one viewer; both with random weights."
-    keep("speed", command, rows=[])
+    rows = []
     for arm, preset in presets_of_ladder().items():
         phase = Run(folder / "speed", preset).preset.dynamics
         batch = Windows(base.latents[0], phase.length, phase.batch)(0)
@@ -276,8 +241,9 @@ def speed(base: Run, folder: Path, seeds: list[int], command: str) -> None:
                     world.imagine(dreaming, batch.actions[:1, t])
 
         row = {"arm": arm, "seed": 0, "step_seconds": seconds_of(step), "frames_per_second": 8 / seconds_of(dream, 3)}
-        keep("speed", command, row)
+        rows.append(row)
         print(row, flush=True)
+    TABLES["speed"].add({"command": command, "rows": rows})
 
 
 def main() -> None:
@@ -288,7 +254,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     given = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"python tests/ingredients/study.py {given.part} runs/ingredients"
+    command = f"python tests/studies/ingredients.py {given.part} runs/ingredients"
     if given.part == "tokenizers":
         tokenizers(given.task, given.folder, given.seeds, command)
         return

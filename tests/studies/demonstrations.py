@@ -1,28 +1,24 @@
 """A ladder of demonstrations: what phase 3 adds to cloning. Trains, plays, and writes nbs/results/ladder_demonstrations.json.
 
-    python tests/demonstrations/study.py runs/ladder --seeds 0 1 2 3 4
-    python tests/demonstrations/study.py runs/ladder --rungs 50 --labels executed --seeds 10 11 12 13 14    # confirms a rung
+    python tests/studies/demonstrations.py runs/ladder --seeds 0 1 2 3 4
+    python tests/studies/demonstrations.py runs/ladder --rungs 50 --labels executed --seeds 10 11 12 13 14    # confirms a rung
 
 Agents of 25 to 400 demonstrations, cloned from executed or from intended actions, in the world that ships. The measure was fixed
 before the first run: catches within 125 decisions on 100 seeds, PMPO minus cloning, the training run as the unit, for the policy
 that samples; its mean is played beside it. Rows that the results hold are not made again; two processes may share the seeds.
 """
 import argparse
-import shutil
 from dataclasses import replace
-from importlib.resources import files
 from pathlib import Path
 
-from filelock import FileLock
-
-from dreamer4_nb.core import JsonDict, write_json
-from dreamer4_nb.inputs import read_json
+from dreamer4_nb.core import JsonDict
 from dreamer4_nb.runs.chain import Run, by_task
-from dreamer4_nb.runs.judge import closed_loop, machine
+from dreamer4_nb.runs.judge import closed_loop
 from dreamer4_nb.runs.presets import LONG, TINY, Preset
 from dreamer4_nb.runs.study import dreamed_return, seeded
+from rows import RESULTS, Table, copy_shipped
 
-RESULTS = Path(__file__).parents[2] / "nbs" / "results" / "ladder_demonstrations.json"
+TABLE = Table(RESULTS / "ladder_demonstrations.json")
 RUNGS = (25, 50, 100, 200, 400)     # demonstrations; a tenth of them is held out
 LABELS = ("executed", "intended")
 JUDGE = {"episodes": 100, "decisions": 125, "readouts": ("sample", "mean"), "demonstrator": 0, "videos": 0}
@@ -37,10 +33,7 @@ def preset_of(rung: int, labels: str, seed: int) -> Preset:
 
 def trained(folder: Path, preset: Preset) -> Run:
     "The agent of a preset, before and after phase 3."
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in ("tokenizer", "dynamics"):
-        if not (folder / f"{name}.safetensors").exists():
-            shutil.copy(str(files("dreamer4_nb") / "assets" / f"tiny_{name}.safetensors"), folder / f"{name}.safetensors")
+    copy_shipped(folder, "tokenizer", "dynamics")
     run = Run(folder, preset)
     run.train("imagination")
     return run
@@ -58,23 +51,15 @@ def row_of(run: Run, rung: int, labels: str, seed: int) -> JsonDict:
     return {"rung": rung, "labels": labels, "seed": seed, "policies": policies, "dreamed": dreamed, "minutes": minutes}
 
 
-def stored() -> JsonDict:
-    return read_json(RESULTS, "put back a copy of it") if RESULTS.exists() else {"rows": []}
-
-
 def study(folder: Path, rungs: list[int], labels: list[str], seeds: list[int]) -> None:
     for seed in seeds:
         for rung in rungs:
             for kind in labels:
-                if any((row["rung"], row["labels"], row["seed"]) == (rung, kind, seed) for row in stored()["rows"]):
+                if TABLE.has(rung=rung, labels=kind, seed=seed):
                     continue
                 own = trained(folder / f"{kind}{rung}-seed{seed}", preset_of(rung, kind, seed))
                 row = row_of(own, rung, kind, seed)
-                with FileLock(RESULTS.parent / ".ladder_demonstrations.lock"):      # another process may do the same
-                    found = stored()
-                    found["rows"].append(row)
-                    found.update(judge=JUDGE, machine=machine(), command="python tests/demonstrations/study.py runs/ladder")
-                    write_json(RESULTS, found)
+                TABLE.add({"judge": JUDGE, "command": "python tests/studies/demonstrations.py runs/ladder"}, rows=[row])
                 print(f"{rung} demonstrations, {kind}, seed {seed}: {row['policies']}", flush=True)
 
 
