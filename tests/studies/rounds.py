@@ -86,12 +86,14 @@ def rows_of(run: Run, arm: str, seed: int) -> list[JsonDict]:
 
 
 def follows(run: Run, store: EpisodeStore, index: np.ndarray, past: str) -> float:
-    """R² of the clone's mean for the intended actions, in episodes that it watches.
+    """R² of the clone's mean for the intended actions, in episodes that it watches as far as the shortest goes.
 
     past: what it takes for its own past actions, a column of the store: those executed, or those intended."""
     policy = Policy(run.world, run.agent[1], "mean")
     episodes = [store.episode(i) for i in index]
-    frames, seen, intended = (np.stack([getattr(episode, name) for episode in episodes]) for name in ("frames", past, "intended"))
+    shortest = min(len(episode) for episode in episodes)
+    frames, seen, intended = (np.stack([getattr(episode, name)[:shortest] for episode in episodes])
+                              for name in ("frames", past, "intended"))
     policy.reset(len(episodes))
     chosen = []
     for t in range(frames.shape[1] - 1):
