@@ -1,10 +1,14 @@
 """The script of study 74: every arm goes on from the same agent, and its rows are made once, at a size that learns nothing."""
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import rounds as study
 from rows import Table
 
+from dreamer4_nb.data.acting import act_episodes
+from dreamer4_nb.method.agent import Policy
+from dreamer4_nb.runs.online import gather
 from dreamer4_nb.runs.presets import MICRO
 
 
@@ -26,6 +30,11 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     assert [row["round"] for row in part["copying"]] == [0, 1] and part["copying"][1]["arm"] == "dagger"
     randoms = [row["return"] for row in part["rows"] if row["policy"] == "random"]
     assert randoms == pytest.approx([randoms[0]] * len(randoms))       # the same seeds for all
+    base = study.base_run(tmp_path / "runs", "ball_in_cup-catch", 1)        # who watches its own episodes says what it did
+    watcher = Policy(base.world, base.agent[1], "mean")
+    played = gather(tmp_path / "played.zarr",
+                    lambda seeds, first: act_episodes(watcher, "ball_in_cup-catch", seeds, first, 6, workers=1), range(900, 902))
+    assert study.follows(base, played, np.arange(2), "actions") == pytest.approx(1, abs=1e-3)
     monkeypatch.setattr(study, "online", None)      # nothing is made again
     study.study(tmp_path / "runs", "ball_in_cup-catch", list(arms), [1])
     assert study.TABLE.read()["rows"] == part["rows"]

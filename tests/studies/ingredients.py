@@ -6,7 +6,8 @@
     python tests/studies/ingredients.py speed runs/ingredients                   # of the ladder, on an idle machine
 
 Ladder and labels begin with the tokenizer that ships and all demonstrations; the tokenizers are trained on 400. A row
-that the results hold is not made again, and a training that was stopped goes on, so the same command continues. Two processes may share the work, with other --seeds.
+that the results hold is not made again, and a training that was stopped goes on, so the same command continues. Two
+processes may share the work, with other --seeds.
 """
 import argparse
 import shutil

@@ -120,7 +120,8 @@ def copying(runs: list[Run]) -> list[JsonDict]:
 
 def keep(rows: list[JsonDict], rounds: list[JsonDict], copied: list[JsonDict]) -> None:
     "Adds to the table what an arm came to."
-    TABLE.add({"command": "python tests/studies/rounds.py runs/rounds", "settings": {name: to_dict(arm) for name, arm in ARMS.items()}},
+    TABLE.add({"command": "python tests/studies/rounds.py runs/rounds", "other_tasks": WHOLE["rounds"],
+               "settings": {name: to_dict(arm) for name, arm in ARMS.items()}},
               rows=rows, rounds=rounds, copying=copied)
     for row in rows:
         print(f"{row['task']}, {row['arm']}, seed {row['seed']}: {row['policy']} success {row['success']:.2f}, "
