@@ -24,6 +24,7 @@ from dreamer4_nb.method.imagination import ImaginationConfig, imagination_loss, 
 from dreamer4_nb.method.shortcut import WEIGHTINGS, Grid, sample_tau_d, shortcut_loss, shortcut_step
 from dreamer4_nb.method.tokenizer import (Tokenizer, TokenizerConfig, deviation_weight, gradient_difference,
                                           latent_std_loss, reconstruct, slowness_loss, tokenizer_loss)
+from dreamer4_nb.training import optimizers
 from dreamer4_nb.training.loop import summarize
 from dreamer4_nb.training.optimizers import (LossScale, TrainConfig, learning_rate, make_optimizer,
                                              pick_trainable, training_only)
@@ -286,6 +287,37 @@ def test_vectors_are_not_decayed_and_muon_takes_matrices_of_layers():
     plain = {"a.layers.0.w": (1, 0.3), "a.embed": (1, 0.3), "a.layers.0.norm": (1, 0.0), "bias": (1, 0.0)}
     assert found(TrainConfig(weight_decay=0.3)) == plain
     assert found(TrainConfig(weight_decay=0.3, muon=20.0)) == plain | {"a.layers.0.w": (20.0, 0.3)}
+
+
+def test_muon_multiplies_in_the_dtype_that_the_hardware_is_fast_in(monkeypatch):
+    def orthogonal(g):
+        "Five rounds of the polynomial on the singular values, in float64."
+        u, sigma, vh = torch.linalg.svd(g.double(), full_matrices=False)
+        sigma = sigma / sigma.norm()
+        for _ in range(5):
+            sigma = 3.4445 * sigma - 4.7750 * sigma ** 3 + 2.0315 * sigma ** 5
+        return u * sigma @ vh
+
+    for shape in ((6, 9), (9, 6), (7, 7)):
+        start, gradient = (torch.randn(shape, generator=generator(k)) for k in (0, 1))
+        weights = {dtype: nn.Parameter(start.clone()) for dtype in (torch.float32, torch.bfloat16, None)}
+        for dtype, weight in weights.items():
+            monkeypatch.setattr(optimizers, "pick_dtype", lambda device, dtype=dtype: dtype)
+            weight.grad = gradient.clone()
+            if dtype is None:
+                torch.optim.Muon([weight], lr=0.02, weight_decay=0.1).step()
+                continue
+            optimizer = make_optimizer({"a.layers.0.w": weight}, TrainConfig(lr=0.001, muon=20.0, weight_decay=0.1))
+            for group in optimizer.param_groups:
+                group["lr"] = 0.02
+            optimizer.step()
+        rate = 0.02 * max(1, shape[0] / shape[1]) ** 0.5
+        mean = 0.05 * gradient                                          # momentum 0.95, from zero
+        ahead = gradient + 0.95 * (mean - gradient)
+        wanted = start.double() * (1 - 0.002) - rate * orthogonal(ahead)
+        torch.testing.assert_close(weights[torch.float32].double(), wanted, rtol=0, atol=1e-6)
+        assert torch.equal(weights[torch.bfloat16], weights[None])      # PyTorch's own is in bfloat16 always
+        assert (weights[None].double() - wanted).abs().max() > 1e-5
 
 
 def test_a_loss_is_divided_by_the_root_mean_square_of_those_before_it():
