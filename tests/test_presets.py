@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers.shrunk_presets import noise_store, shrunk
 
-from dreamer4_nb.runs import presets
+from dreamer4_nb.runs import chain, presets
 from dreamer4_nb.method.agent import AgentHeads
 from dreamer4_nb.core import asset
 from dreamer4_nb.inputs import current_names, to_dict
@@ -265,3 +265,11 @@ def test_the_cost_table_counts_the_batches_of_the_presets():
         tokenizer = p.tokenizer.train.steps * p.tokenizer.train.accumulate + p.tokenizer.slow_steps
         dynamics = p.dynamics.train.steps * p.dynamics.train.accumulate
         assert counts == (devices * tokenizer, devices * dynamics)
+
+
+def test_a_phase_says_how_long_it_takes_with_and_without_bfloat16(monkeypatch):
+    tiny, long = (resolve(PRESETS[name]) for name in ("tiny", "long"))
+    for dtype, minutes in ((torch.bfloat16, 5), (torch.float32, 10)):
+        monkeypatch.setattr(chain, "pick_dtype", lambda device, dtype=dtype: dtype)
+        assert chain.expected_time(tiny, "tokenizer") == f" (about {minutes} minutes on two cores)"
+        assert chain.expected_time(long, "tokenizer") == ""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import UserError, pick_device, process_rank, write_json
+from ..core import UserError, pick_device, pick_dtype, process_rank, write_json
 from ..inputs import (available_cores, environment_number, from_dict, local_path, read_json,
                                 to_dict)
 from ..data.demonstrations import open_recordings
@@ -144,7 +144,9 @@ def expected_time(preset: Preset, name: str) -> str:
     "How long a phase takes, in brackets, to print after what it does; empty if that is not known."
     if name not in MINUTES or to_dict(preset) != to_dict(resolve(TINY)):
         return ""
-    return f" (about {MINUTES[name]:g} minutes on two cores)"
+    with_bfloat16, without = MINUTES[name]
+    minutes = with_bfloat16 if pick_dtype(torch.device("cpu")) == torch.bfloat16 else without
+    return f" (about {minutes} minutes on two cores)"
 
 
 def part_property(name: str, what: str) -> Any:

@@ -51,7 +51,7 @@ class Demo:
     Stop it at any moment; the same command continues where it stopped. Every setting below may be overridden.
     """
     run: Path = Path("runs/demo")  # folder for checkpoints, logs, results.json and report.html
-    # where the settings start from: tiny (two cores, 20 minutes), long (two cores, two hours), small (one
+    # where the settings start from: tiny (two cores, half an hour), long (two cores, two hours), small (one
     # GPU, hours), base and paper (many GPUs, days), micro (a minute, learns nothing)
     preset: Name = "tiny"
     settings: Settings = TINY

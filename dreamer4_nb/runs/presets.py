@@ -355,14 +355,14 @@ PAPER = Preset(
 # %% ../../nbs/53_presets.ipynb #ef4535fb
 PRESETS = {"tiny": TINY, "long": LONG, "small": SMALL, "base": BASE, "paper": PAPER, "micro": MICRO}
 
-MINUTES = {     # of tiny, on two cores with bfloat16
-    "data": 1,
-    "tokenizer": 5,
-    "latents": 1,
-    "dynamics": 3,
-    "agent": 3,
-    "imagination": 2,
-    "evaluation": 2,
+MINUTES = {     # of tiny, on two cores: with products in bfloat16, and without
+    "data": (1, 1),
+    "tokenizer": (5, 10),
+    "latents": (1, 1),
+    "dynamics": (3, 8),
+    "agent": (3, 6),
+    "imagination": (2, 4),
+    "evaluation": (2, 3),
 }
 
 # %% ../../nbs/53_presets.ipynb #be298b77
