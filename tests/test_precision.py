@@ -1,7 +1,10 @@
 "The script of study 74 that clones cartpole without pictures: what a network sees, and that its rows are made once."
 import numpy as np
 import precision as study
+import pytest
 from rows import Table
+
+from dreamer4_nb.data.envs import make_env
 
 
 def test_a_network_sees_the_newest_frame_and_changes_of_the_ones_before():
@@ -14,6 +17,21 @@ def test_a_network_sees_the_newest_frame_and_changes_of_the_ones_before():
     whole = {"sees": "state and its last action", "frames": 1, "noise": 0.0}
     frames = list(study.seen(states, whole, np.random.default_rng(0)))
     np.testing.assert_allclose(study.inputs(frames, np.array([0.7]), whole), [1.5, 0, 1, 1, 1, 0.7], atol=1e-12)
+
+
+def test_a_noise_of_a_hundredth_is_a_fifth_of_a_pixel_at_the_tip_and_two_fifths_at_the_cart():
+    env = make_env(study.TASK, 0, 64)
+    env.reset()
+
+    def middle(x, angle):
+        "Where the middle of the pole is on the frame, its x."
+        env.set_state(np.array([x, angle, 0.0, 0.0]))
+        return env.object_pixel()[0]
+
+    upright = middle(0, 0)
+    assert 2 * (middle(0, np.arcsin(0.01)) - upright) == pytest.approx(0.2, abs=0.02)     # the tip is twice as far out
+    assert middle(2 * 0.01, 0) - upright == pytest.approx(0.4, abs=0.02)
+    env.close()
 
 
 def test_rows_are_made_once(tmp_path, monkeypatch):

@@ -89,17 +89,17 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(self, parameters: list, lr: float, weight_decay: float = 0.0, momentum: float = 0.95):
         super().__init__(parameters, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = pick_dtype(self.param_groups[0]["params"][0].device)     # of the products
 
     @torch.no_grad()
     def step(self) -> None:     # type: ignore[override]
         "One step of each matrix that has a gradient; a tall one takes a larger step, by the root of m / n."
         for group in self.param_groups:
-            dtype = pick_dtype(group["params"][0].device)
             for weight in group["params"]:
                 if weight.grad is not None:
-                    self._move(weight, group, dtype)
+                    self._move(weight, group)
 
-    def _move(self, weight: Tensor, group: dict, dtype: torch.dtype) -> None:
+    def _move(self, weight: Tensor, group: dict) -> None:
         state = self.state[weight]
         if not state:
             state["momentum_buffer"] = torch.zeros_like(weight)
@@ -108,7 +108,7 @@ class Muon(torch.optim.Optimizer):
         ahead = weight.grad.lerp(mean, group["momentum"])
         rows, columns = weight.shape
         weight.mul_(1 - group["lr"] * group["weight_decay"])
-        weight.add_(orthogonalize(ahead, dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
+        weight.add_(orthogonalize(ahead, self.dtype), alpha=-group["lr"] * math.sqrt(max(1, rows / columns)))
 
 # %% ../../nbs/41_optimizers.ipynb #cell-19
 class CombinedOptimizer:

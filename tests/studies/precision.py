@@ -4,7 +4,7 @@
 
 A small network clones the planner's intended actions from 30 demonstrations of 250 decisions. It sees the whole state, or only
 positions of the last frames, as a picture shows them, with noise on each. Returns are means over fresh seeds, 250 decisions.
-Rows that the results hold are not made again. One training takes half a minute of a core, the demonstrations two minutes.
+Rows that the results hold are not made again. Three seeds took 20 minutes of a core that other work shared.
 """
 import argparse
 
