@@ -18,7 +18,7 @@ from dreamer4_nb.method.attention import TransformerConfig
 from dreamer4_nb.runs.chain import Run, TaskView, by_task
 from dreamer4_nb.runs.folder import ORDER
 from dreamer4_nb.runs.judge import closed_loop, finish, measured, policies
-from dreamer4_nb.core import UserError, load_checkpoint, save_checkpoint, write_json
+from dreamer4_nb.core import UserError, autocast, inference_dtype, load_checkpoint, save_checkpoint, write_json
 from dreamer4_nb.inputs import FORMER_NAMES, from_dict
 from dreamer4_nb.method.dynamics import DynamicsConfig
 from dreamer4_nb.method.imagination import ImaginationConfig
@@ -345,6 +345,29 @@ def test_a_finished_run_says_what_pmpo_adds_to_cloning(made, monkeypatch):
     assert compared == [(*pair, measure) for measure in ("success", "returns") for pair in pairs]
     assert [row["policy"] for row in results["closed_loop"]] == list(policies(made.view))
     assert results["tokenizer"] == measured(made.view)["tokenizer"] and results["dream"]["windows"] == 2
+
+
+def test_a_policy_of_phase_3_says_how_far_it_moved(made):
+    "KL(policy || cloned policy), summed over action dimensions, by float64 softmax at the h that both read."
+    policy = policies(made.view)["PMPO, sample"][0]
+    size = made.run.preset.tokenizer.model.image
+    frames = np.random.default_rng(0).integers(0, 256, (3, 2, size, size, 3), dtype=np.uint8)
+
+    def kl_after(policy):
+        policy.reset(2)
+        for each in frames:
+            policy.act(each)
+        return policy.kl
+
+    found = kl_after(policy)
+    with torch.no_grad(), autocast(policy.device, inference_dtype(policy.device)):
+        own, prior = (heads.policy.parameters_of(policy.dream.h)[:, 0].double().log_softmax(-1)
+                      for heads in (policy.heads, policy.cloned))
+    expected = (own.exp() * (own - prior)).sum((-1, -2))
+    assert found.shape == (2,) and (found > 0).all() and np.allclose(found, expected, rtol=1e-3)
+    same = judge.Imagined(policy.world, policy.cloned, policy.cloned, "sample", 0, 0)
+    assert (kl_after(same) == 0).all()
+    assert closed_loop(made.view, ("PMPO",))[0].info["kl"] > 0
 
 
 def test_each_task_is_judged_on_its_own_episodes(tmp_path):

@@ -193,6 +193,18 @@ def test_episodes_in_chunks_are_the_same_episodes(corridor):
     assert np.array_equal(a.frames[:, :7], b.frames[:, :7])           # until the first chunk is over
 
 
+def test_a_kl_counts_where_the_episode_still_runs(corridor):
+    "Episodes of 4 and 6 decisions."
+    class Moved:
+        def act(self, frames):
+            self.kl = np.array([1.0, 10.0])
+            return np.ones((2, 1))
+    r = evaluate_policy(Moved(), "corridor", [0, 2], decisions=10)
+    assert r.info["kl"] == pytest.approx((4 * 1 + 6 * 10) / 10)
+    row, = closed_loop_rows([r])
+    assert row["kl"] == r.info["kl"]
+
+
 def test_seeds_of_the_data_are_not_fresh():
     "Shipped demonstrations begin at seeds 0 to 399 and 20,000 to 21,399."
     store = load_demonstrations(episodes=12)

@@ -63,10 +63,11 @@ class PlannerPolicy:
 # %% ../../nbs/48_closed_loop.ipynb #cell-45
 @dataclass
 class _Played:
-    "Rewards of a batch of `n` episodes, and the frames and actions of the first `k`, step by step."
+    "Rewards of a batch of `n` episodes; step by step, the frames and actions of the first `k`."
     rewards: np.ndarray        # (n, decisions)
     frames: list[np.ndarray]   # each (k, h, w, c)
     actions: list[np.ndarray]  # each (k, a)
+    kl: list[np.ndarray]       # `policy.kl` of the episodes that still ran, if the policy has it
 
 
 def _checked(actions: object, n: int, name: str) -> np.ndarray:
@@ -101,9 +102,12 @@ def _play(
 
     kept_frames = [frames[:keep]]
     kept_actions = []
+    kl = []
     for t in range(decisions):
         seen = env.states() if sees_states else frames
         actions = _checked(act(seen), n, name)
+        if hasattr(policy, "kl"):
+            kl.append(policy.kl[alive])
         frames, reward, _, last = env.step(actions.clip(-1, 1))
         rewards[:, t] = reward * alive
         alive &= ~np.asarray(last, bool)
@@ -112,7 +116,7 @@ def _play(
         bar.update(n)
         if not alive.any():
             break
-    return _Played(rewards, kept_frames, kept_actions)
+    return _Played(rewards, kept_frames, kept_actions, kl)
 
 # %% ../../nbs/48_closed_loop.ipynb #07eff327
 def _joined(batches: list[list[np.ndarray]]) -> np.ndarray:
@@ -143,7 +147,8 @@ def evaluate_policy(
     """Runs one episode per seed in the real environment and records the rewards of each.
 
     policy: has `reset(n)` and `act(frames (n, h, w, c) uint8) -> (n, a)`, or is such a function of frames.
-    One whose `sees` is "states" gets simulator states; with "nothing" no frame is drawn.
+    One whose `sees` is "states" gets simulator states; with "nothing" no frame is drawn. If it has a `kl`
+    (n,) after each `act`, see `judge.Imagined`, the mean over all decisions joins the records' info.
     decisions: length of an episode.
     keep: number of episodes, the first ones, that keep frames and actions.
     name: of the policy in the records.
@@ -179,6 +184,9 @@ def evaluate_policy(
         kept["actions"] = _joined([batch.actions for batch in batches])
     rewards = np.concatenate([batch.rewards for batch in batches])
     info = {"seconds": time.perf_counter() - start}
+    kl = [step for batch in batches for step in batch.kl]
+    if kl:
+        info["kl"] = float(np.concatenate(kl).mean())
     return Records.of_rewards(name, task, seeds, rewards, info=info, **kept)
 
 # %% ../../nbs/48_closed_loop.ipynb #201fa7f6
@@ -198,7 +206,7 @@ def closed_loop_rows(
     baseline: str = "random",
     measure: str = "success",
 ) -> list[dict]:
-    """One row per policy: its summary, and its comparison with a baseline on the same seeds.
+    """One row per policy: summary, `kl` if known, and the comparison with a baseline on the same seeds.
 
     baseline: name of the policy that the others are compared with.
     measure: what is compared: success, final_success or returns.
@@ -208,6 +216,7 @@ def closed_loop_rows(
     for record in records:
         row = record.summary()
         row["seconds"] = record.info.get("seconds")
+        row["kl"] = record.info.get("kl")
         is_other = base is not None and record is not base
         if is_other and sorted(record.seed) == sorted(base.seed):
             verdict = compare(record, base, measure)

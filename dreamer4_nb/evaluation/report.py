@@ -206,6 +206,8 @@ def _of_policy(row: dict) -> str:
             f"of {row['n']} episodes of {row['decisions']} decisions")
     if "p" in row:
         text += f"; against {row['against']} on the same seeds p = {row['p']:.2g}"
+    if row.get("kl") is not None:
+        text += f"; {row['kl']:.2f} nats a decision from the cloned policy (KL, in the states that it met)"
     return text
 
 

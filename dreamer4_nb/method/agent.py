@@ -481,8 +481,9 @@ class Policy:
     readout: how an action is read from the distribution: sample, mean or mode
     task: number of the task among those that the heads know; actions have its dimensions
 
-    It runs where the world's weights are. Each environment has random numbers of its own: it acts the same
-    whatever runs beside it. UserError for an unknown read-out or task number."""
+    `choice` is the distribution that the last actions were read from. It runs where the world's weights are.
+    Each environment has random numbers of its own: it acts the same whatever runs beside it. UserError for an
+    unknown read-out or task number."""
 
     def __init__(self, world: WorldModel, heads: AgentHeads, readout: str = "sample", seed: int = 0,
                  task: int = 0) -> None:
@@ -529,6 +530,6 @@ class Policy:
         with autocast(self.device, inference_dtype(self.device)):
             latents = self.world.tokenizer.encode(to_float(x)[:, None], self.cache)
             self.world.observe(self.dream, latents, self.action[:, None])
-            choice = self.heads.policy(self.dream.h, self.live)
-        self.action = read_out(choice, self.readout, self.generator)
+            self.choice = self.heads.policy(self.dream.h, self.live)
+        self.action = read_out(self.choice, self.readout, self.generator)
         return self.action[:, :self.action_dim].cpu().numpy()

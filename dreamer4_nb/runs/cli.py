@@ -72,6 +72,10 @@ def print_results(path: Path) -> None:
     results = read_json(path, "run the same command again")
     table = text_table(closed_loop_table(results["closed_loop"]))
     print0(f"\n{results['task']}\n{table}")
+    for row in results["closed_loop"]:
+        if row.get("kl") is not None:
+            print0(f"{row['policy']}: KL to the cloned policy {row['kl']:.2f} nats a decision, in the states "
+                   "that it met")
     for gain in results["pmpo_minus_cloning"]:
         low, high = gain["interval"]
         print0(f"{gain['a']} minus {gain['b']}, {gain['measure']}: "
