@@ -51,6 +51,7 @@ NEAREST = {
     "dreamer3": ["dreamer3"],
     "perceptual": ["perceptual"],
     "loop": ["by_hand", "wiring", "training"],
+    "optimizers": ["by_hand", "wiring", "training"],
     "phases": ["wiring", "presets", "training"],
     "windows": ["wiring", "data"],
     "mixtures": ["wiring", "data"],
@@ -73,8 +74,8 @@ CHEAPEST = ["by_hand", "conformance", "wiring", "forcing", "dynamics", "generati
             "presets"]
 METHOD = ["flow", "shortcut", "forcing", "attention", "blocks", "pruned",
           "tokenizer", "dynamics", "generation", "agent", "imagination", "dreamer3", "perceptual"]
-WIRING = ["loop", "ranks", "phases", "windows", "mixtures", "ball", "metrics", "dream_env", "closed_loop", "statistics",
-          "frechet", "probes", "dreamer3_runs", "report", "study", "chain", "judge"]
+WIRING = ["loop", "optimizers", "ranks", "phases", "windows", "mixtures", "ball", "metrics", "dream_env",
+          "closed_loop", "statistics", "frechet", "probes", "dreamer3_runs", "report", "study", "chain", "judge"]
 # What starts processes of its own, predicts costs, or only reads text takes no part.
 SLOW = {"cli", "sharding", "ddp", "gpu_run", "pretend_gpu", "costs", "scaling", "ladder", "readme", "style"}
 NOT_RUN = "not compile and not kill_at_any_moment"
@@ -122,6 +123,11 @@ KNOWN = [
      r"parameter\.copy_\(local\(value\)\)", "pass"),
     ("a resumed moment lies in memory as the file has it", "ranks",
      r"\{name: laid_out\(value, parameter\) for", "{name: value for"),
+    ("Muon multiplies in bfloat16 on any hardware", "optimizers",
+     r"self\.dtype = pick_dtype\([^\n]*\)", "self.dtype = torch.bfloat16"),
+    ("how far phase 3 moved is read from the wrong side", "judge",
+     r"self\.choice\.kl\(prior\)", "prior.kl(self.choice)"),
+    ("a KL counts after the end of an episode", "closed_loop", r"policy\.kl\[alive\]", "policy.kl"),
 ]
 
 
