@@ -207,7 +207,7 @@ def _of_policy(row: dict) -> str:
     if "p" in row:
         text += f"; against {row['against']} on the same seeds p = {row['p']:.2g}"
     if row.get("kl") is not None:
-        text += f"; {row['kl']:.2f} nats a decision from the cloned policy (KL, in the states that it met)"
+        text += f"; {row['kl']:.2g} nats a decision from the cloned policy (KL, in the states that it met)"
     return text
 
 

@@ -74,7 +74,7 @@ def print_results(path: Path) -> None:
     print0(f"\n{results['task']}\n{table}")
     for row in results["closed_loop"]:
         if row.get("kl") is not None:
-            print0(f"{row['policy']}: KL to the cloned policy {row['kl']:.2f} nats a decision, in the states "
+            print0(f"{row['policy']}: KL to the cloned policy {row['kl']:.2g} nats a decision, in the states "
                    "that it met")
     for gain in results["pmpo_minus_cloning"]:
         low, high = gain["interval"]
