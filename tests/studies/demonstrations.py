@@ -39,16 +39,17 @@ def trained(folder: Path, preset: Preset) -> Run:
     return run
 
 
-def row_of(run: Run, rung: int, labels: str, seed: int) -> JsonDict:
-    "Success, held and return of both policies by both read-outs, what both dream to get, and the minutes of the phases."
+def gained(run: Run) -> JsonDict:
+    "Success, held and return of both policies by each read-out, how far phase 3 moved, what both dream to get, and the minutes."
     (view,) = by_task(run)
     policies = {}
     for records in closed_loop(view, ("cloning", "PMPO")):
         summary = records.summary()
         policies[records.policy] = {name: summary[name] for name in ("success", "final_success", "return")}
+        policies[records.policy]["kl"] = records.info.get("kl")
     dreamed = {"cloning": dreamed_return(view, run.agent[1]), "PMPO": dreamed_return(view, run.imagination)}
     minutes = {name: note["seconds"] / 60 for name, note in run.phases.items()}
-    return {"rung": rung, "labels": labels, "seed": seed, "policies": policies, "dreamed": dreamed, "minutes": minutes}
+    return {"policies": policies, "dreamed": dreamed, "minutes": minutes}
 
 
 def study(folder: Path, rungs: list[int], labels: list[str], seeds: list[int]) -> None:
@@ -58,7 +59,7 @@ def study(folder: Path, rungs: list[int], labels: list[str], seeds: list[int]) -
                 if TABLE.has(rung=rung, labels=kind, seed=seed):
                     continue
                 own = trained(folder / f"{kind}{rung}-seed{seed}", preset_of(rung, kind, seed))
-                row = row_of(own, rung, kind, seed)
+                row = {"rung": rung, "labels": kind, "seed": seed} | gained(own)
                 TABLE.add({"judge": JUDGE, "command": "python tests/studies/demonstrations.py runs/ladder"}, rows=[row])
                 print(f"{rung} demonstrations, {kind}, seed {seed}: {row['policies']}", flush=True)
 
