@@ -93,10 +93,14 @@ def picture(tab, name):
 
 
 def pause(tab):
-    "Pauses and waits for the answer that was under way."
+    "Pauses and waits until nothing has come for a second: an answer may be under way, and takes long on a busy machine."
     if tab.text_content("[data-part=pause]") == "Pause":
         tab.click("[data-part=pause]")
-    tab.wait_for_timeout(300)
+    for _ in range(30):
+        stood = played(tab)
+        tab.wait_for_timeout(1000)
+        if played(tab) == stood:
+            break
 
 
 @needs_browser

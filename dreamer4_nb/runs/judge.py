@@ -62,14 +62,14 @@ class Imagined(Policy):
     def __init__(self, world: WorldModel, heads: AgentHeads, cloned: AgentHeads, readout: str, seed: int,
                  task: int) -> None:
         super().__init__(world, heads, readout, seed, task)
-        self.cloned = cloned
+        self.cloned = cloned.to(world.device)
 
     @torch.no_grad()
     def act(self, frames: np.ndarray) -> np.ndarray:
         "Actions (n, a) in [−1, 1] for frames (n, h, w, c) uint8."
         actions = super().act(frames)
         with autocast(self.device, inference_dtype(self.device)):
-            prior = self.cloned.to(self.device).policy(self.dream.h, self.live)
+            prior = self.cloned.policy(self.dream.h, self.live)
         self.kl = self.choice.kl(prior).float().cpu().numpy()
         return actions
 

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from dreamer4_nb.core import JsonDict
+from dreamer4_nb.evaluation.statistics import compare
 from dreamer4_nb.runs.chain import Run, by_task
 from dreamer4_nb.runs.judge import closed_loop
 from dreamer4_nb.runs.presets import LONG, TINY, Preset
@@ -40,16 +41,21 @@ def trained(folder: Path, preset: Preset) -> Run:
 
 
 def gained(run: Run) -> JsonDict:
-    "Success, held and return of both policies by each read-out, how far phase 3 moved, what both dream to get, and the minutes."
+    """Success, held and return of both policies by each read-out, how far phase 3 moved, what both dream to get, and the minutes.
+
+    "gains" are the paired differences, PMPO minus cloning."""
     (view,) = by_task(run)
     policies = {}
-    for records in closed_loop(view, ("cloning", "PMPO")):
+    played = {records.policy: records for records in closed_loop(view, ("cloning", "PMPO"))}
+    gains = [compare(played[f"PMPO, {readout}"], played[f"cloning, {readout}"], measure)
+             for readout in run.preset.evaluation.readouts for measure in ("success", "final_success", "returns")]
+    for records in played.values():
         summary = records.summary()
         policies[records.policy] = {name: summary[name] for name in ("success", "final_success", "return")}
         policies[records.policy]["kl"] = records.info.get("kl")
     dreamed = {"cloning": dreamed_return(view, run.agent[1]), "PMPO": dreamed_return(view, run.imagination)}
     minutes = {name: note["seconds"] / 60 for name, note in run.phases.items()}
-    return {"policies": policies, "dreamed": dreamed, "minutes": minutes}
+    return {"policies": policies, "gains": gains, "dreamed": dreamed, "minutes": minutes}
 
 
 def study(folder: Path, rungs: list[int], labels: list[str], seeds: list[int]) -> None:
