@@ -8,6 +8,7 @@ from rows import Table
 
 from dreamer4_nb.data.acting import act_episodes
 from dreamer4_nb.method.agent import Policy
+from dreamer4_nb.runs.chain import Run
 from dreamer4_nb.runs.online import gather
 from dreamer4_nb.runs.presets import MICRO
 
@@ -20,7 +21,7 @@ def test_arms_go_on_from_one_agent_and_rows_are_stored_once(tmp_path, monkeypatc
     monkeypatch.setattr(study, "WHOLE", {"judge": judge, "rounds": {"episodes": 2, "decisions": 6}})
     arms = {name: replace(arm, rounds=1) for name, arm in study.ARMS.items()}
     monkeypatch.setattr(study, "ARMS", arms)
-    monkeypatch.setattr(study, "preset_of", lambda task, seed, made=study.preset_of: replace(made(task, seed), episodes=12))
+    monkeypatch.setattr(study, "preset_of", lambda *asked, made=study.preset_of: replace(made(*asked), episodes=12))
     study.study(tmp_path / "runs", "ball_in_cup-catch", list(arms), [1])
     part = study.TABLE.read()
     names = {row["policy"] for row in part["rows"]}
@@ -46,3 +47,13 @@ def test_the_base_is_the_world_that_ships_with_executed_labels():
     other = study.preset_of(study.SHIPPED, 0)
     assert (preset.agent.train.seed, preset.imagination.train.seed) == (other.agent.train.seed + 2, other.imagination.train.seed + 2)
     assert preset.dynamics == other.dynamics
+
+
+def test_a_task_whose_demonstrations_do_not_ship_gets_them_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "COLLECTED", {"episodes": 4, "decisions": 6, "seed": 60_000})
+    data = study.data_of(tmp_path, "reacher-easy")
+    monkeypatch.setattr(study, "collect", None)     # nothing is made again
+    assert study.data_of(tmp_path, "reacher-easy") == data
+    run = Run(tmp_path / "run", replace(MICRO, tasks=("reacher-easy",), data=study.preset_of("reacher-easy", 0, data).data))
+    assert sorted(part.n_episodes for part in run.split) == [1, 3] and run.split[0].tasks == ["reacher-easy"]
+    assert study.data_of(tmp_path, "cartpole-swingup") == "shipped"

@@ -5,8 +5,9 @@
 
 An agent is cloned from demonstrations; then arms of four rounds go on from it. Every policy is judged on 100 seeds that nothing
 has played. For ball in cup the world is the one that ships, and actions are those executed, noise included; 500 decisions. For
-other tasks the world is trained first, actions are those intended, and an episode of 250 decisions takes its whole time. Rows
-that the results hold are not made again; two processes may share the seeds.
+other tasks the world is trained first, actions are those intended, and an episode of 250 decisions takes its whole time;
+where no demonstrations ship, the planner plays 120 such episodes first. Rows that the results hold are not made again; two
+processes may share the seeds.
 """
 import argparse
 from dataclasses import replace
@@ -16,7 +17,8 @@ import numpy as np
 import torch
 from filelock import FileLock
 
-from dreamer4_nb.core import JsonDict
+from dreamer4_nb.core import JsonDict, UserError, asset
+from dreamer4_nb.data.demonstrations import Collection, collect
 from dreamer4_nb.data.stores import EpisodeStore
 from dreamer4_nb.evaluation.statistics import interval
 from dreamer4_nb.inputs import read_json, to_dict
@@ -34,17 +36,32 @@ JUDGE = {"episodes": 100, "decisions": 500, "readouts": ("mean",), "demonstrator
 ROUNDS = Rounds(readout="mean", recent=1.0)      # a batch of played episodes only: no noisy label comes back
 WHOLE = {"judge": JUDGE | {"decisions": 250, "readouts": ("sample", "mean")},
          "rounds": {"episodes": 40, "decisions": 250, "recent": 0.5}}
+COLLECTED = {"episodes": 120, "decisions": 250, "seed": 60_000}
 EARLY = 125     # decisions within which `make demo` counts successes
 ARMS = {"own_actions": ROUNDS, "dagger": replace(ROUNDS, teacher="planner"), "planner": replace(ROUNDS, actor="planner")}
 
 
-def preset_of(task: str, seed: int) -> Preset:
-    "The base run's preset, whose agent has a training seed of its own."
+def data_of(folder: Path, task: str) -> str:
+    "The demonstrations of a task, as `Preset.data`: those that ship, or those that the planner makes here, once."
+    try:
+        asset(f"demos_{task}.npz")
+    except UserError:
+        path = folder / task / "demonstrations.zarr"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.with_name(".demonstrations.lock")):
+            if not path.exists():
+                collect(path, Collection(task, **COLLECTED), workers=1)
+        return str(path)
+    return "shipped"
+
+
+def preset_of(task: str, seed: int, data: str = "shipped") -> Preset:
+    "The base run's preset, whose agent has a training seed of its own. data: demonstrations, see `data_of`."
     if task == SHIPPED:
         preset = replace(LONG, episodes=400, agent=replace(LONG.agent, labels="executed"))
         judge = JUDGE
     else:
-        preset = replace(TINY, tasks=(task,))
+        preset = replace(TINY, tasks=(task,), data=data)
         judge = WHOLE["judge"]
     preset = replace(preset, threads=1, workers=1, evaluation=replace(preset.evaluation, **judge))
     return seeded(preset, agent=seed, imagination=seed)
@@ -59,15 +76,16 @@ def rounds_of(task: str, arm: str, seed: int) -> Rounds:
 def base_run(folder: Path, task: str, seed: int) -> Run:
     "The cloned agent before any round, in the world that ships or in one that all seeds share."
     own = folder / task / f"base{seed}"
+    data = data_of(folder, task)
     if task == SHIPPED:
         copy_shipped(own, "tokenizer", "dynamics")
     else:
-        shared = Run(folder / task / "world", preset_of(task, 0))
+        shared = Run(folder / task / "world", preset_of(task, 0, data))
         with FileLock(folder / task / ".world.lock"):
             shared.train("dynamics")
         for name in ("tokenizer", "dynamics"):
             copy_once(shared.path(name), own)
-    run = Run(own, preset_of(task, seed))
+    run = Run(own, preset_of(task, seed, data))
     run.train("imagination")
     return run
 
